@@ -1,0 +1,1 @@
+"""The two command lines: `dispatcher` for the operator, `trackpost` for the customer."""

@@ -1,0 +1,1 @@
+"""Decisions: pure and synchronous. No await, no clock, no randomness, no I/O."""

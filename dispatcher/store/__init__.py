@@ -1,0 +1,1 @@
+"""Memory: everything that speaks SQL, and nothing that does not."""
