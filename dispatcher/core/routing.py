@@ -1,0 +1,103 @@
+"""Which webhooks an event is for.
+
+A registry is one version of the whole table of webhooks, read in one snapshot: it never changes and is replaced as a
+whole, so its answers can be remembered without ever going stale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+from typing import Final
+
+from dispatcher.model import AccountId, Endpoint, EndpointId, EndpointStatus
+
+TYPE_BYTES_MAX: Final = 128
+MEMO_MAX: Final = 8192  # types are any text an application inserts; at ≈ 200 bytes each, below 2 MiB
+
+_TYPE: Final = re.compile(r"[a-z0-9_]+(?:\.[a-z0-9_]+)+")
+_PREFIX: Final = re.compile(r"(?:[a-z0-9_]+\.)+\*")
+
+
+def valid_type(text: str) -> bool:
+    """Whether this is an event type: two or more dotted parts of lower-case letters, digits and underscores."""
+    return len(text) <= TYPE_BYTES_MAX and _TYPE.fullmatch(text) is not None
+
+
+def valid_filter(text: str) -> bool:
+    """Whether this can stand in a webhook's `events`: a type, `*` for all of them, or a prefix like `email.*`."""
+    if text == "*" or valid_type(text):
+        return True
+    return len(text) <= TYPE_BYTES_MAX and _PREFIX.fullmatch(text) is not None
+
+
+@dataclasses.dataclass(slots=True)
+class _Routes:
+    """One account's filters. Endpoints are kept by id, so that two filters of one webhook yield it once."""
+
+    exact: defaultdict[str, dict[EndpointId, Endpoint]]  # by type
+    prefix: defaultdict[str, dict[EndpointId, Endpoint]]  # by what stands before the `*`, dot included
+    all: dict[EndpointId, Endpoint]
+
+    def add(self, endpoint: Endpoint) -> None:
+        for text in endpoint.events:
+            if text == "*":
+                self.all[endpoint.id] = endpoint
+            elif text.endswith(".*"):
+                self.prefix[text[:-1]][endpoint.id] = endpoint
+            else:
+                self.exact[text][endpoint.id] = endpoint
+
+    def match(self, event_type: str) -> dict[EndpointId, Endpoint]:
+        found = self.all | self.exact.get(event_type, {})
+        dot = event_type.find(".")
+        while dot != -1:
+            found |= self.prefix.get(event_type[: dot + 1], {})
+            dot = event_type.find(".", dot + 1)
+        return found
+
+
+class Registry:
+    """Every webhook at one version of the table.
+
+    Disabled webhooks match nothing; paused ones do, since their events are held and not dropped.
+    """
+
+    def __init__(self, endpoints: Iterable[Endpoint], version: int) -> None:
+        self.version = version
+        self._by_id: Final = {endpoint.id: endpoint for endpoint in endpoints}
+        self._routes: defaultdict[int, _Routes] = defaultdict(lambda: _Routes(defaultdict(dict), defaultdict(dict), {}))
+        self._memo: dict[tuple[int, str], tuple[Endpoint, ...]] = {}
+        for endpoint in self._by_id.values():
+            if endpoint.status is not EndpointStatus.DISABLED:
+                self._routes[endpoint.account_id].add(endpoint)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        return iter(self._by_id.values())
+
+    def __repr__(self) -> str:
+        return f"<Registry version {self.version}, {len(self)} endpoints of {len(self._routes)} accounts>"
+
+    def match(self, account_id: AccountId, event_type: str) -> tuple[Endpoint, ...]:
+        """The webhooks of this account that receive this type: each once, by ascending id."""
+        key = (account_id, event_type)
+        found = self._memo.get(key)
+        if found is None:
+            if len(self._memo) >= MEMO_MAX:
+                self._memo.clear()
+            found = self._memo[key] = self._find(account_id, event_type)
+        return found
+
+    def by_id(self, endpoint_id: EndpointId) -> Endpoint | None:
+        """The webhook of that id, disabled ones included; None if there is none at this version."""
+        return self._by_id.get(endpoint_id)
+
+    def _find(self, account_id: AccountId, event_type: str) -> tuple[Endpoint, ...]:
+        routes = self._routes.get(account_id)
+        return tuple(sorted(routes.match(event_type).values(), key=attrgetter("id"))) if routes is not None else ()

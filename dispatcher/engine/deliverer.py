@@ -1,0 +1,521 @@
+"""Deliveries in motion: from a lane to the wire, and from what came back to the ledger.
+
+**Owner.** A delivery has one owner at any instant: outbox row → lane → in flight → ledger → settled, or a pending row →
+wheel or backlog → lane. Whatever takes it over here takes it whole, without an await between looking and changing.
+
+**Where a delivery that cannot go waits.** In a pending row. A failed one is *due* at its time. One whose webhook is paused,
+dead, full or waits for its head (`ordered`) is *held*: due at infinity, pulled oldest first when the webhook can take
+more. As long as a webhook has anything held, new deliveries queue up behind it: `backlog`.
+
+**Conservation.** read + recalled = queued + in flight + settled + parked + released, at every step; `balance` says by how much it
+is off, and is zero.
+
+**Never.** No exception of an endpoint's making passes here; nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, Final
+
+from dispatcher.core.addresses import Guard
+from dispatcher.core.backoff import dead_delay_s, next_delay_s, retry_after_s
+from dispatcher.core.ids import DeliveryIds
+from dispatcher.core.lanes import Lane, Lanes, Offer
+from dispatcher.core.outcome import RELEASED, Outcome, Verdict, judge
+from dispatcher.core.rendering import Payload
+from dispatcher.core.signing import Signer
+from dispatcher.core.window import Health
+from dispatcher.engine.ledger import HELD_UNTIL, Ledger
+from dispatcher.engine.transport import Released, Transport
+from dispatcher.errors import AddressRefused, Undeliverable
+from dispatcher.model import Attempt, DeliveryKey, DeliveryState, Endpoint, EndpointStatus, Result
+from dispatcher.telemetry import Telemetry
+
+RELEASE_DELAY_S: Final = 1.0  # our own fault (no file descriptors, …): soon, but not in a spin
+FIRST_KEY: Final = (-1, -1)
+_DELIVERED: Final = DeliveryState.DELIVERED.value
+_RETRYING: Final = DeliveryState.RETRYING.value
+_EXHAUSTED: Final = DeliveryState.EXHAUSTED.value
+_DISCARDED: Final = DeliveryState.DISCARDED.value
+_PENDING: Final = DeliveryState.PENDING.value
+
+
+class Row(Enum):
+    """Whether a delivery in memory has a pending row as well, and of which kind."""
+
+    NONE = "none"
+    DUE = "due"
+    HELD = "held"
+
+
+class Event:
+    """One event in memory: where it lies in the outbox, and its payload."""
+
+    __slots__ = ("payload", "seq", "written_at", "xid")
+
+    def __init__(self, seq: int, xid: int, written_at: datetime, payload: Payload) -> None:
+        self.seq = seq
+        self.xid = xid
+        self.written_at = written_at
+        self.payload = payload
+
+
+class OpenPage:
+    """A page of the outbox with deliveries not resolved yet; the cursor may not pass it before `left` is zero."""
+
+    __slots__ = ("after", "left", "read_at")
+
+    def __init__(self, after: Any, read_at: float) -> None:
+        self.after = after  # the cursor once this page is resolved
+        self.left = 1  # one for the routing itself
+        self.read_at = read_at  # loop time
+
+
+class Delivery:
+    """One event for one webhook, in memory."""
+
+    __slots__ = ("attempts", "body", "era", "event", "generation", "other_secret", "page", "row", "sent_wall", "subscriber")
+
+    def __init__(
+        self, event: Event, subscriber: Subscriber, page: OpenPage | None, generation: int = 0, attempts: int = 0, row: Row = Row.NONE
+    ) -> None:
+        self.event = event
+        self.subscriber = subscriber
+        self.page = page
+        self.generation = generation
+        self.attempts = attempts  # made so far
+        self.row = row
+        self.era = 0  # the window's generation when the request began
+        self.other_secret = False  # the second try during a rotation's grace
+        self.sent_wall = 0.0
+        self.body = b""
+
+    @property
+    def key(self) -> DeliveryKey:
+        """Its name in the database."""
+        return (self.subscriber.endpoint.id, self.event.seq, self.generation)
+
+    def __repr__(self) -> str:
+        return f"<Delivery {self.key} after {self.attempts} attempts, row {self.row.name}>"
+
+
+class Subscriber:
+    """A webhook in the engine: its settings, its lane and pool, how it signs, and where its backlog stands."""
+
+    __slots__ = ("after", "backlog", "endpoint", "error", "head", "head_key", "lane", "origin", "parks", "pulling", "signer", "unflushed")
+
+    def __init__(self, endpoint: Endpoint, lane: Lane[Delivery]) -> None:
+        self.endpoint = endpoint
+        self.lane = lane
+        self.origin: Any = None  # None: the guard refuses its URL
+        self.signer: Signer = Signer(None)
+        self.head = b""  # request line and the header fields that never change
+        self.error: str | None = None
+        self.backlog = False  # something is held in the database; new deliveries go behind it
+        self.after: tuple[int, int] = FIRST_KEY  # (event sequence, generation) pulled so far
+        self.pulling = False
+        self.head_key: DeliveryKey | None = None  # ordered: the failed delivery the others wait for
+        self.parks = 0  # times something was parked, ever
+        self.unflushed = 0  # parked and not yet in the database
+
+    def rewind(self) -> None:
+        """Pull from the beginning again: something pulled before went back."""
+        self.after = FIRST_KEY
+
+    def __repr__(self) -> str:
+        return f"<Subscriber {self.endpoint.public_id} {self.lane}{', backlog' if self.backlog else ''}>"
+
+
+class Deliverer:
+    """Every delivery in memory, and the acts upon it."""
+
+    def __init__(
+        self,
+        *,
+        lanes: Lanes[Delivery],
+        ledger: Ledger,
+        transport: Transport,
+        guard: Guard,
+        telemetry: Telemetry,
+        ids: DeliveryIds,
+        loop: asyncio.AbstractEventLoop,
+        jitter: float,
+        user_agent: str,
+        header_prefix: str,
+        wall: Callable[[], float] = time.time,
+        dice: random.Random | None = None,
+    ) -> None:
+        self.lanes = lanes
+        self.subscribers: dict[int, Subscriber] = {}
+        self.rows: dict[DeliveryKey, Delivery] = {}  # in memory and in a pending row too
+        self.in_flight: set[Delivery] = set()
+        self.running = False  # False: nothing new goes out
+        self.on_hungry: Callable[[Subscriber], None] = lambda subscriber: None
+        self.on_dismissed: Callable[[int], None] = lambda endpoint_id: None
+        self._ledger = ledger
+        self._transport = transport
+        self._guard = guard
+        self._telemetry = telemetry
+        self._ids = ids
+        self._loop = loop
+        self._jitter = jitter
+        self._user_agent = user_agent
+        self._prefix = header_prefix.encode("ascii")
+        self._wall = wall
+        self._random = (dice or random.Random()).random  # noqa: S311  spreads load, guards nothing
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle: asyncio.Event = asyncio.Event()
+        p = self._prefix
+        self._fields = (
+            b"%b" + p + b"Event: %b\r\n" + p + b"Delivery: %b\r\n" + p + b"Attempt: %d\r\n"
+            b"webhook-id: %b\r\nwebhook-timestamp: %b\r\n%bContent-Length: %d\r\n\r\n%b"
+        )
+
+    # ── subscribers ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def subscriber(self, endpoint: Endpoint) -> Subscriber:
+        """The subscriber of a webhook, made or brought up to date."""
+        found = self.subscribers.get(endpoint.id)
+        if found is not None:
+            if found.endpoint is not endpoint:
+                self._update(found, endpoint)
+            return found
+        lane = self.lanes.lane(
+            endpoint.id, limit=endpoint.max_concurrency, rate_limit=endpoint.rate_limit, ordered=endpoint.ordered
+        )
+        if endpoint.status is EndpointStatus.PAUSED:
+            self.lanes.pause(lane)
+        made = self.subscribers[endpoint.id] = Subscriber(endpoint, lane)
+        self._equip(made)
+        return made
+
+    def _update(self, subscriber: Subscriber, endpoint: Endpoint) -> None:
+        old, subscriber.endpoint = subscriber.endpoint, endpoint
+        self.lanes.update(
+            subscriber.lane, limit=endpoint.max_concurrency, rate_limit=endpoint.rate_limit, ordered=endpoint.ordered
+        )
+        if old.url != endpoint.url and subscriber.origin is not None:
+            subscriber.origin.close()
+            subscriber.origin = None
+        if old.url != endpoint.url or (old.status is not endpoint.status and endpoint.status is EndpointStatus.ACTIVE):
+            self.lanes.revive(subscriber.lane)
+        self._equip(subscriber)
+
+    def _equip(self, subscriber: Subscriber) -> None:
+        endpoint = subscriber.endpoint
+        now = self._wall()
+        expires = endpoint.previous_secret_expires_at
+        previous = endpoint.previous_secret if expires is not None and expires.timestamp() > now else None
+        subscriber.signer = Signer(endpoint.secret, previous, self._prefix.decode())
+        try:
+            target = self._guard.check_url(endpoint.url)
+        except AddressRefused as error:
+            subscriber.error = str(error)
+            subscriber.origin = None
+            return
+        if subscriber.origin is None:
+            subscriber.origin = self._transport.origin(target)
+        own = "".join(f"{name}: {value}\r\n" for name, value in endpoint.headers)
+        subscriber.head = (
+            f"POST {target.path} HTTP/1.1\r\nHost: {target.host_header}\r\nContent-Type: application/json\r\n"
+            f"User-Agent: {self._user_agent}\r\n{own}"
+        ).encode("latin-1")
+
+    def apply(self, endpoints: Callable[[int], Endpoint | None]) -> None:
+        """Take a changed registry over: new settings now, and what is paused, disabled or gone stops at once."""
+        for subscriber in list(self.subscribers.values()):
+            endpoint = endpoints(subscriber.endpoint.id)
+            if endpoint is None or endpoint.status is EndpointStatus.DISABLED:
+                self._dismiss(subscriber, "the webhook was deleted" if endpoint is None else "the webhook is disabled")
+                continue
+            if endpoint is not subscriber.endpoint:
+                self._update(subscriber, endpoint)
+            if endpoint.status is EndpointStatus.PAUSED:
+                self._hold(subscriber)
+            elif subscriber.lane.paused:
+                self.lanes.resume(subscriber.lane)
+                self.on_hungry(subscriber)
+        self.pump()
+
+    def _hold(self, subscriber: Subscriber) -> None:
+        if not subscriber.lane.paused:
+            self.lanes.pause(subscriber.lane)
+        self._put_back(subscriber, self.lanes.release(subscriber.lane))
+
+    def _dismiss(self, subscriber: Subscriber, reason: str) -> None:
+        del self.subscribers[subscriber.endpoint.id]
+        for delivery in self.lanes.forget(subscriber.lane):
+            self.discard(delivery, reason)
+        if subscriber.origin is not None:
+            subscriber.origin.close()
+        self.on_dismissed(subscriber.endpoint.id)
+
+    def sweep(self) -> None:
+        """Forget webhooks that have been idle for a while; what is heard of again is made again."""
+        for key in self.lanes.sweep():
+            subscriber = self.subscribers[key]
+            endpoint = subscriber.endpoint
+            if subscriber.backlog or subscriber.unflushed or subscriber.head_key is not None:
+                subscriber.lane = self.lanes.lane(
+                    key, limit=endpoint.max_concurrency, rate_limit=endpoint.rate_limit, ordered=endpoint.ordered
+                )
+                continue
+            del self.subscribers[key]
+            if subscriber.origin is not None:
+                subscriber.origin.close()
+
+    # ── in ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def offer(self, delivery: Delivery) -> None:
+        """Take a first attempt over: into its lane if that can take it, else held behind the others."""
+        subscriber = delivery.subscriber
+        if subscriber.backlog:
+            self.park(delivery)
+        elif self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not Offer.QUEUED:
+            self.park(delivery)
+
+    def recall(self, delivery: Delivery) -> bool:
+        """Take over a delivery that has a pending row: it came due, or was pulled. False: its lane cannot take it now."""
+        subscriber = delivery.subscriber
+        if self.lanes.offer(subscriber.lane, delivery, self._loop.time(), retry=True) is not Offer.QUEUED:
+            return False
+        self.rows[delivery.key] = delivery
+        return True
+
+    def park(self, delivery: Delivery) -> None:
+        """Hold a delivery in a pending row until its webhook can take it."""
+        subscriber = delivery.subscriber
+        subscriber.backlog = True
+        if delivery.row is Row.HELD:
+            self.rows.pop(delivery.key, None)
+            subscriber.rewind()
+        else:
+            subscriber.parks += 1
+            subscriber.unflushed += 1
+            self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, HELD_UNTIL, None)
+        self.on_hungry(subscriber)
+
+    def _put_back(self, subscriber: Subscriber, deliveries: Iterable[Delivery]) -> None:
+        for delivery in deliveries:
+            self.park(delivery)
+
+    def discard(self, delivery: Delivery, reason: str) -> None:
+        """Settle a delivery that will never be sent, without an attempt."""
+        self._ledger.attempt(delivery, None, _DISCARDED, delivery.attempts, reason)
+        self._telemetry.deliveries[_DISCARDED] += 1
+        self._settled(delivery)
+
+    # ── out ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def pump(self) -> None:
+        """Send whatever may go now."""
+        if not self.running or self._ledger.full:
+            return
+        lanes, now = self.lanes, self._loop.time()
+        while (turn := lanes.next(now)) is not None:
+            self._send(turn[0], turn[1])
+        wake = lanes.next_wake()
+        if wake is not None and self._timer is None:
+            self._timer = self._loop.call_at(max(wake, now + 0.001), self._rated)
+
+    def _rated(self) -> None:
+        self._timer = None
+        self.pump()
+
+    def _send(self, lane: Lane[Delivery], delivery: Delivery) -> None:
+        subscriber = delivery.subscriber
+        endpoint = subscriber.endpoint
+        delivery.era = lane.window.generation
+        self.in_flight.add(delivery)
+        if subscriber.origin is None:
+            self._done(delivery, Attempt(Result.BLOCKED, error=subscriber.error))
+            return
+        payload = delivery.event.payload
+        try:
+            body = payload.body(endpoint.body_style)
+        except Undeliverable as error:
+            self._done(delivery, Attempt(Result.BLOCKED, error=str(error)))
+            return
+        wall = self._wall()
+        delivery.sent_wall = wall
+        event_id, timestamp = payload.event_id.encode(), b"%d" % wall
+        signer = subscriber.signer
+        signed = (
+            signer.headers_by_previous(event_id, timestamp, body)
+            if delivery.other_secret
+            else signer.headers(event_id, timestamp, body)
+        )
+        request = self._fields % (
+            subscriber.head,
+            payload.type.encode(),
+            self._ids.id_of(endpoint.id, delivery.event.seq, delivery.generation).encode(),
+            delivery.attempts + 1,
+            event_id,
+            timestamp,
+            signed,
+            len(body),
+            body,
+        )
+        subscriber.origin.submit(request, endpoint.timeout_s, self._done, delivery)
+
+    def _done(self, delivery: Delivery, attempt: Attempt) -> None:
+        """Take in what a request came to. Called once per request, by the transport."""
+        subscriber = delivery.subscriber
+        lane = subscriber.lane
+        now = self._loop.time()
+        if attempt.status in (401, 403) and not delivery.other_secret and subscriber.signer.has_previous and self.running:
+            delivery.other_secret = True  # a rotation under way: the other secret, at once, not counted
+            self._send(lane, delivery)
+            return
+        self.in_flight.discard(delivery)
+        outcome = RELEASED if isinstance(attempt, Released) else judge(attempt.result, attempt.status)
+        self._settle(delivery, attempt, outcome)
+        dead = self.lanes.done(lane, outcome.signal, delivery.era, now, self._dead_delay_s)
+        if dead is not None:
+            self._put_back(subscriber, dead)
+        if subscriber.backlog and len(lane.todo) < 16:
+            self.on_hungry(subscriber)
+        if not self.in_flight:
+            self._idle.set()
+        self.pump()
+
+    def _dead_delay_s(self, deaths: int) -> float:
+        return dead_delay_s(deaths, self._random())
+
+    def _settle(self, delivery: Delivery, attempt: Attempt, outcome: Outcome) -> None:
+        verdict = outcome.verdict
+        telemetry = self._telemetry
+        if verdict is Verdict.RELEASE:
+            self._release(delivery)
+            return
+        telemetry.attempts[attempt.result] += 1
+        telemetry.attempt_duration.observe(attempt.duration_s)
+        subscriber = delivery.subscriber
+        subscriber.lane.observe(attempt.duration_s)
+        number = delivery.attempts + 1
+        if number == 1 and attempt.sent_at:
+            telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - delivery.event.written_at.timestamp()))
+        if verdict is Verdict.DELIVERED:
+            state = _DELIVERED
+            subscriber.error = None
+        elif verdict is Verdict.RETRY:
+            state = self._retry(delivery, attempt, outcome, number)
+        else:
+            state = _DISCARDED
+        if verdict is not Verdict.DELIVERED:
+            subscriber.error = attempt.error or f"{attempt.status}"
+        if verdict is Verdict.DISABLE:
+            self._ledger.disable(subscriber.endpoint.id, "the endpoint answered 410 Gone")
+        telemetry.deliveries[state] += 1
+        self._ledger.attempt(delivery, attempt, state, number, attempt.error)
+        self._ledger.learn(subscriber.endpoint, state, subscriber.error)
+        if state is not _RETRYING:
+            self._settled(delivery)
+
+    def _retry(self, delivery: Delivery, attempt: Attempt, outcome: Outcome, number: int) -> str:
+        """Plan the next attempt; return the delivery's state."""
+        subscriber = delivery.subscriber
+        wall = self._wall()
+        wait_s = retry_after_s(attempt.retry_after, wall) if outcome.honours_retry_after else None
+        delay_s = next_delay_s(subscriber.endpoint.schedule_s, number, self._jitter, self._random(), wait_s)
+        if delay_s is None:
+            return _EXHAUSTED
+        delivery.attempts = number
+        delivery.other_secret = False
+        due = datetime.fromtimestamp(wall + delay_s, UTC)
+        self._ledger.pending(delivery, _RETRYING, due, attempt.error or str(attempt.status))
+        if subscriber.endpoint.ordered:
+            self._wait_for(delivery)
+        return _RETRYING
+
+    def _wait_for(self, delivery: Delivery) -> None:
+        """An ordered webhook's delivery failed: whatever comes after it waits for its retry."""
+        subscriber = delivery.subscriber
+        subscriber.head_key = delivery.key
+        subscriber.backlog = True
+        self._put_back(subscriber, self.lanes.release(subscriber.lane))
+
+    def _release(self, delivery: Delivery) -> None:
+        """Our fault or our end, not the endpoint's: as if it had never been taken."""
+        self._telemetry.released += 1
+        delivery.other_secret = False
+        if delivery.row is Row.HELD:
+            self.park(delivery)
+            return
+        due = datetime.fromtimestamp(self._wall() + RELEASE_DELAY_S, UTC)
+        self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, due, None)
+        if delivery.subscriber.endpoint.ordered:
+            self._wait_for(delivery)
+
+    def _settled(self, delivery: Delivery) -> None:
+        if delivery.row is not Row.NONE:
+            self._ledger.settled(delivery)
+
+    # ── what holds the cursor, and what ends ───────────────────────────────────────────────────────────────────────
+
+    def insure(self, page_before: float, *, queued_before: float, due_s: float) -> int:
+        """Write pending rows for deliveries of old pages, so that the cursor may pass them; return how many.
+
+        In flight since before `page_before` (loop time the page was read): stragglers, due `due_s` after their deadline,
+        should this process not live to see their end. Still queued since before `queued_before`: held, and out of the lane.
+        """
+        late = [d for d in self.in_flight if d.page is not None and d.page.read_at < page_before]
+        wall = self._wall()
+        for delivery in late:
+            due = datetime.fromtimestamp(wall + delivery.subscriber.endpoint.timeout_s + due_s, UTC)
+            self._ledger.pending(delivery, _PENDING, due, None, straggler=True)
+            delivery.row = Row.DUE
+            self.rows[delivery.key] = delivery
+        slow = [
+            s
+            for s in self.subscribers.values()
+            if s.lane.todo
+            and (page := getattr(s.lane.todo[0], "page", None)) is not None
+            and page.read_at < queued_before
+        ]
+        for subscriber in slow:
+            self._put_back(subscriber, self.lanes.release(subscriber.lane))
+        return len(late) + len(slow)
+
+    def drop_queued(self) -> None:
+        """Empty all lanes without a trace: the outbox will be read again from the persisted cursor, the rows pulled again."""
+        for subscriber in self.subscribers.values():
+            for delivery in self.lanes.release(subscriber.lane):
+                self._telemetry.released += 1
+                if delivery.row is not Row.NONE:
+                    self.rows.pop(delivery.key, None)
+            subscriber.rewind()
+
+    def forget_all(self) -> None:
+        """Another daemon owns the shard now: what is in memory is not ours any more."""
+        self.drop_queued()
+        self.rows.clear()
+        for subscriber in list(self.subscribers.values()):
+            del self.subscribers[subscriber.endpoint.id]
+            self.lanes.forget(subscriber.lane)
+            if subscriber.origin is not None:
+                subscriber.origin.close()
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until nothing is in flight; False when time is over first."""
+        if not self.in_flight:
+            return True
+        self._idle.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def troubled(self, most: int) -> list[Subscriber]:
+        """The worst webhooks: not ready, or with the longest queues."""
+        bad = [s for s in self.subscribers.values() if s.lane.window.health is not Health.READY or s.error or s.backlog]
+        bad.sort(key=lambda s: (s.lane.window.health is Health.READY, -len(s.lane.todo)))
+        return bad[:most]

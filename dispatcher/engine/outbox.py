@@ -1,0 +1,301 @@
+"""The outbox reader: every committed event once, in pages, and asleep when there is nothing to do.
+
+**Problem.** `id > last` loses events (a sequence runs before the transaction commits), claiming rows costs an UPDATE each, and
+NOTIFY at every INSERT serialises the producers over the WAL flush.
+
+**Rule, reading.** By the difference of two snapshots (`store/outbox.py`). Each first page brings the version of the webhook
+registry from its own snapshot; when that changed, the registry is loaded before the page is routed. So a webhook whose
+creation committed before an event committed receives it, and an event that had committed before the webhook's creation is
+none of its business: the endpoint remembers the snapshot it was born in.
+
+**Rule, waking.** Asleep means holding a shared advisory lock; a producer's trigger notifies only then. Under light load the
+reader stays asleep and is told of every commit; when events come faster than POLL_S it wakes, lets go of the lock and polls.
+
+**Falling asleep without losing a wake-up.** A producer may probe the lock at its INSERT, find everybody awake, stay silent and
+commit after our last poll. So: linger; take the lock; take an own transaction id X as barrier; poll until the oldest running
+transaction of the poll's own snapshot is younger than X. Proof: let T have stayed silent and unseen. Its probe came before
+our lock, and its id before its probe (it is a default of the outbox's row), so id(T) < X. The barrier falls only with a
+snapshot whose xmin > X; in it T had ended, and the rows of that same poll show it. Advisory locks are not MVCC, so isolation
+levels do not matter. While only the barrier keeps us up we poll gently; NOTIFY works all the while.
+
+**Edge.** A jittered safety poll covers what no trigger sees (rows copied into a partition, replication). After a take-over,
+pages are checked against attempts and pending rows until a difference that ended after it has been read. After a restore
+into another cluster transaction ids mean nothing: everything unsettled is held, by the clock, and the cursor anchored anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any, Final
+
+from dispatcher.core.rendering import Payload
+from dispatcher.core.routing import Registry
+from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Subscriber
+from dispatcher.engine.ledger import Ledger
+from dispatcher.errors import Undeliverable
+from dispatcher.model import Endpoint
+from dispatcher.store.database import statements
+from dispatcher.store.outbox import Cursor, OutboxPages, Page
+from dispatcher.telemetry import Telemetry
+
+PAGE_ROWS: Final = 500  # 5 ms of routing at a fan-out of one: what a first attempt may wait behind
+OPEN_PAGES_MAX: Final = 256  # × PAGE_ROWS events in memory at most
+POLL_S: Final = 0.002  # while awake
+POLL_BUSY_S: Final = 0.005  # above BUSY_ROWS_PER_S: fewer, fuller pages
+BUSY_ROWS_PER_S: Final = 5000
+AWAKE_ROWS_PER_S: Final = 1000  # faster than this, polling is cheaper than being told, for us and for the producers
+RATE_WINDOW_S: Final = 0.05
+LINGER_S: Final = 0.03
+GENTLE_S: Final = 0.03
+SAFETY_S: Final = (1.0, 5.0)
+ROOM_S: Final = 0.002
+FAST_LANE_S: Final = 1.0  # a full lane that would be empty within this is waited for, not spilled
+FAST_LANE_PATIENCE_S: Final = 0.05
+CURSOR_EVERY_S: Final = 60.0
+
+
+class OutboxReader:
+    """Reads, routes and hands over. One per shard; lives as long as its connection."""
+
+    def __init__(
+        self,
+        connection: Any,
+        *,
+        deliverer: Deliverer,
+        ledger: Ledger,
+        telemetry: Telemetry,
+        load_registry: Callable[[], Awaitable[Registry]],
+        dice: random.Random,
+    ) -> None:
+        self._connection = connection
+        self._pages = OutboxPages(connection)
+        self._sql = statements("shard")
+        self._deliverer = deliverer
+        self._ledger = ledger
+        self._telemetry = telemetry
+        self._load_registry = load_registry
+        self._random = dice.random
+        self._loop = asyncio.get_running_loop()
+        self.notified = asyncio.Event()
+        self.registry = Registry((), -1)
+        self.progress_at = self._loop.time()
+        self.lag_s = 0.0
+        self.stopping = False
+        self._open: deque[OpenPage] = deque()
+        self._resolved: Cursor | None = None
+        self._touched_at = self._loop.time()
+        self._asleep = False
+        self._barrier = 0  # while not zero: asleep, but not sure yet
+        self._idle_since = self._loop.time()
+        self._window_from = self._loop.time()
+        self._window_rows = 0
+        self._rate = 0.0
+
+    # ── the cursor ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def cursor(self) -> Cursor | None:
+        """How far everything is resolved: asked by the ledger at each flush."""
+        pages = self._open
+        while pages and pages[0].left == 0:
+            self._resolved = pages.popleft().after
+        return self._resolved
+
+    @property
+    def oldest_open_at(self) -> float | None:
+        """Loop time at which the oldest page that is not resolved was read."""
+        return self._open[0].read_at if self._open else None
+
+    # ── the loop ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self, start: Cursor, *, recovering: bool) -> None:
+        """Read from `start` until stopped. `recovering`: pages may hold what is settled or pending already."""
+        await self._pages.prepare()
+        cursor = start
+        while not self.stopping:
+            await self._room()
+            fresh = cursor.cur is None
+            with self._telemetry.timed("poll"):
+                page = await self._pages.read(cursor, PAGE_ROWS)
+            self.progress_at = self._loop.time()
+            if page.registry is not None and page.registry != self.registry.version:
+                await self.reload()
+            if page.rows:
+                await self._route(page, recovering=recovering)
+            elif not self._open:
+                self._advance(page.after)
+            cursor = page.after
+            if page.complete:
+                recovering = recovering and not fresh
+                await self._pace(len(page.rows), page.after.prev[0])
+
+    def _advance(self, cursor: Cursor) -> None:
+        """Nothing is open: the cursor may follow, but need not be written at every poll."""
+        self._resolved = cursor
+        if self._loop.time() - self._touched_at > CURSOR_EVERY_S:
+            self._touched_at = self._loop.time()
+            self._ledger.touch()
+
+    async def reload(self) -> None:
+        """Load the registry and let every webhook in memory know."""
+        with self._telemetry.timed("registry"):
+            self.registry = await self._load_registry()
+        registry = self.registry
+        self._deliverer.apply(registry.by_id)
+
+    async def _room(self) -> None:
+        """Back-pressure: wait until the engine can hold another page."""
+        lanes = self._deliverer.lanes
+        while not self.stopping and (
+            lanes.queued_max - lanes.queued < PAGE_ROWS or self._ledger.full or len(self._open) >= OPEN_PAGES_MAX
+        ):
+            self.progress_at = self._loop.time()
+            self.cursor()
+            await asyncio.sleep(ROOM_S)
+
+    # ── routing ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _route(self, page: Page, *, recovering: bool) -> None:
+        now = self._loop.time()
+        opened = OpenPage(page.after, now)
+        self._open.append(opened)
+        rows = page.rows
+        self._telemetry.events += len(rows)
+        pairs = self._pairs(rows)
+        if recovering and pairs:
+            known = await self._known(pairs)
+            pairs = [pair for pair in pairs if (pair[1].id, pair[0].seq) not in known]
+        deliverer = self._deliverer
+        for event, endpoint in pairs:
+            subscriber = deliverer.subscriber(endpoint)
+            if self._crowded(subscriber):
+                await self._wait_for_lane(subscriber)
+                subscriber = deliverer.subscriber(endpoint)
+            opened.left += 1
+            deliverer.offer(Delivery(event, subscriber, opened))
+        self._telemetry.read += len(pairs)
+        opened.left -= 1
+        if opened.left == 0:
+            self._ledger.touch()
+        deliverer.pump()
+
+    def _pairs(self, rows: list[Any]) -> list[tuple[Event, Endpoint]]:
+        """Who gets what: (event, endpoint), events in the page's order."""
+        pairs: list[tuple[Event, Endpoint]] = []
+        match = self.registry.match
+        for _, _, _, seq, xid, event_id, account, type_, data, created_at, written_at in rows:
+            try:
+                payload = Payload(event_id, type_, created_at, data)
+            except Undeliverable as error:
+                self._ledger.discard_event(seq, str(error))
+                continue
+            endpoints = match(account, type_)
+            if endpoints:
+                event = Event(seq, xid, written_at, payload)
+                pairs += [(event, endpoint) for endpoint in endpoints if _is_subscribed(endpoint, xid)]
+        return pairs
+
+    async def _known(self, pairs: list[tuple[Event, Endpoint]]) -> set[tuple[int, int]]:
+        since = min(event.written_at for event, _ in pairs) - timedelta(days=1)
+        rows = await self._connection.fetch(
+            statements("outbox")["known"], [e.id for _, e in pairs], [event.seq for event, _ in pairs], since
+        )
+        return {(row[0], row[1]) for row in rows}
+
+    def _crowded(self, subscriber: Subscriber) -> bool:
+        """Whether the lane is full but fast: waiting a little for it is cheaper than a pending row each."""
+        lanes, lane = self._deliverer.lanes, subscriber.lane
+        return (
+            not subscriber.backlog
+            and len(lane.todo) >= lanes.room_for_lane
+            and lane.window.size > 0
+            and lane.drain_estimate_s() < FAST_LANE_S
+        )
+
+    async def _wait_for_lane(self, subscriber: Subscriber) -> None:
+        give_up_at = self._loop.time() + FAST_LANE_PATIENCE_S
+        self._deliverer.pump()
+        while self._crowded(subscriber) and self._loop.time() < give_up_at and not self.stopping:
+            before = len(subscriber.lane.todo)
+            await asyncio.sleep(ROOM_S)
+            if len(subscriber.lane.todo) < before:
+                give_up_at = self._loop.time() + FAST_LANE_PATIENCE_S
+
+    async def reread(self, since: Any) -> Cursor:
+        """After a restore into another cluster: hold whatever is neither settled nor pending; return the new cursor.
+
+        One repeatable-read snapshot for all of it, which becomes the cursor. Nothing is sent meanwhile.
+        """
+        async with self._connection.transaction(isolation="repeatable_read", readonly=True):
+            snapshot, at = await self._connection.fetchrow("SELECT pg_current_snapshot(), clock_timestamp()")
+            rows = await self._connection.cursor(statements("outbox")["reread"], since)
+            while chunk := await rows.fetch(PAGE_ROWS):
+                pairs = self._pairs(chunk)
+                known = await self._known(pairs) if pairs else set()
+                for event, endpoint in pairs:
+                    if (endpoint.id, event.seq) not in known:
+                        self._deliverer.park(Delivery(event, self._deliverer.subscriber(endpoint), None))
+        return Cursor(snapshot, at)
+
+    # ── awake and asleep ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _pace(self, rows: int, xmin: int) -> None:
+        """After a whole difference: wait for the next, as long as it is worth waiting."""
+        now = self._loop.time()
+        if rows:
+            self._idle_since = now
+        self._measure(now, rows)
+        if not self._asleep:
+            if now - self._idle_since > LINGER_S and self._rate < AWAKE_ROWS_PER_S:
+                await self._fall_asleep()
+            else:
+                await asyncio.sleep(POLL_BUSY_S if self._rate > BUSY_ROWS_PER_S else POLL_S)
+            return
+        if self._barrier and xmin > self._barrier:
+            self._barrier = 0
+        if self._rate >= AWAKE_ROWS_PER_S:
+            await self._wake_up()
+            return
+        low, high = SAFETY_S
+        await self._sleep(GENTLE_S if self._barrier else low + (high - low) * self._random())
+
+    def _measure(self, now: float, rows: int) -> None:
+        self._window_rows += rows
+        span = now - self._window_from
+        if span >= RATE_WINDOW_S:
+            self._rate = self._window_rows / span
+            self._window_from, self._window_rows = now, 0
+
+    async def _sleep(self, timeout_s: float) -> None:
+        if not self.notified.is_set():
+            alarm = self._loop.call_later(timeout_s, self.notified.set)
+            await self.notified.wait()
+            alarm.cancel()
+        self.notified.clear()
+
+    async def _fall_asleep(self) -> None:
+        # A producer's momentary exclusive lock may be in the way: try, never wait.
+        while not await self._connection.fetchval(self._sql["fall_asleep"]):
+            await asyncio.sleep(0.001)
+        self._asleep = True
+        self._barrier = await self._connection.fetchval(self._sql["own_xid"])
+
+    async def _wake_up(self) -> None:
+        await self._connection.fetchval(self._sql["wake_up"])
+        self._asleep = False
+        self._barrier = 0
+        self._idle_since = self._loop.time()
+
+    def stop(self) -> None:
+        """Read no further page; what is being routed is finished."""
+        self.stopping = True
+        self.notified.set()
+
+
+def _is_subscribed(endpoint: Endpoint, xid: int) -> bool:
+    """Whether the event's transaction had not ended when the webhook was made."""
+    _, xmax, running = endpoint.created_snapshot
+    return xid >= xmax or xid in running

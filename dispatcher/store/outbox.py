@@ -1,0 +1,98 @@
+"""Reading the outbox as the difference of two snapshots, page by page. No claim, no update, no gap.
+
+Everything visible in the snapshot `prev` is read. A poll takes the current snapshot and sees, in the order (xid, seq), the
+rows of transactions that were still in progress in `prev` and of those that began later. The cursor after any page is
+exact, so a reader that starts from it sees each committed event once; a long transaction elsewhere stalls nothing. PgQ
+proved the idea of reading by snapshots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from dispatcher.store.database import statements
+
+Snapshot = tuple[int, int, tuple[int, ...]]
+"""A pg_snapshot: xmin, xmax, the transaction ids in progress."""
+
+CLOCK_SLACK: Final = timedelta(days=1)
+"""How far the server's clock may step back without a row falling out of the partitions a poll looks into."""
+
+BEGINNING: Final = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cursor:
+    """What is read: all that is visible in `prev`; and where `cur` is set, of the difference what is at or before `at`."""
+
+    prev: Snapshot
+    prev_at: datetime  # server clock just after `prev` was taken
+    cur: Snapshot | None = None
+    cur_at: datetime | None = None
+    at_xid: int = 0
+    at_seq: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Page:
+    """Rows of one page, the cursor once they are all resolved, and what the poll learnt on the way.
+
+    `rows` are records (seq, xid, id, account, type, data text, created_at, written_at) behind three columns of the header.
+    `registry` is the version of the webhook registry in the page's own snapshot, None on a further page of a difference.
+    """
+
+    rows: list[Any]
+    after: Cursor
+    registry: int | None
+    complete: bool  # the difference ends with this page
+
+
+class OutboxPages:
+    """The reader's connection and its two statements."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._first: Any = None
+        self._next: Any = None
+        # Since when each transaction in progress has been seen: bounds where its rows can lie. Unknown after a restart.
+        self._seen_since: dict[int, datetime] = {}
+
+    async def prepare(self) -> None:
+        """Prepare both statements once; a poll is then one round trip."""
+        sql = statements("outbox")
+        self._first = await self._connection.prepare(sql["first_page"])
+        self._next = await self._connection.prepare(sql["next_page"])
+
+    async def read(self, cursor: Cursor, limit: int) -> Page:
+        """The next page behind `cursor`, at most `limit` rows."""
+        xmax = cursor.prev[1]
+        running = [xid for xid in cursor.prev[2] if xid >= cursor.at_xid]
+        since_running = min((self._seen_since.get(xid, BEGINNING) for xid in running), default=BEGINNING)
+        since = cursor.prev_at - CLOCK_SLACK
+        bounds = (running, xmax, cursor.at_xid, cursor.at_seq, since_running, since, limit)
+        if cursor.cur is None:
+            header, *rows = await self._first.fetch(*bounds)
+            cur, cur_at, registry = header[0], header[1], header[2]
+            self._remember(cur, cursor)
+        else:
+            rows = await self._next.fetch(*bounds, cursor.cur)
+            cur, cur_at, registry = cursor.cur, cursor.cur_at or cursor.prev_at, None
+        if len(rows) < limit:
+            return Page(rows, Cursor(cur, cur_at), registry, complete=True)
+        last = rows[-1]
+        return Page(rows, Cursor(cursor.prev, cursor.prev_at, cur, cur_at, last[4], last[3]), registry, complete=False)
+
+    def _remember(self, cur: Snapshot, cursor: Cursor) -> None:
+        """A transaction first seen running in `cur` began after `prev`, unless it ran in `prev` too."""
+        if not cur[2]:
+            if self._seen_since:
+                self._seen_since = {}
+            return
+        before, since = self._seen_since, cursor.prev_at - CLOCK_SLACK
+        old = cursor.prev[2]
+        self._seen_since = {
+            xid: before.get(xid, BEGINNING) if xid in before or xid in old or xid < cursor.prev[1] else since
+            for xid in cur[2]
+        }

@@ -1,0 +1,112 @@
+"""A shard's row: its lease, its cursor, its fence, and the flush that moves all of them and writes what happened.
+
+The lease is a session advisory lock: it ends with its session, at once. The fence is the epoch: a take-over raises it, and
+a flush that names an older one raises Fenced and writes nothing. `batch` numbers the flushes, so that after a connection
+was cut in the middle of a commit the owner can tell a lost commit from a lost answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime
+from typing import Any, Final
+
+import asyncpg
+
+from dispatcher.errors import Fenced
+from dispatcher.store.database import statements
+from dispatcher.store.outbox import Cursor, Snapshot
+
+FENCED_SQLSTATE: Final = "P0F01"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardState:
+    """The shard's row, and whose transaction ids the cursor holds (`system`, empty before the first engine)."""
+
+    epoch: int
+    batch: int
+    cursor: Cursor
+    system: str
+
+
+@dataclasses.dataclass(slots=True)
+class Batch:
+    """One flush, as columns ready to be sent: tuples of rows, transposed only at the door.
+
+    attempts: (event_seq, event_xid, endpoint_id, generation, attempt, state, result, status, duration_us, error, head, body)
+    pending:  (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at, last_error)
+    settled:  (endpoint_id, event_seq, generation) of pending rows that go
+    discarded: (event_seq, reason)
+    """
+
+    number: int
+    attempts: list[tuple[Any, ...]]
+    pending: list[tuple[Any, ...]]
+    settled: list[tuple[int, int, int]]
+    discarded: list[tuple[int, str]]
+    cursor: Cursor | None
+
+
+_NOTHING: Final[dict[int, list[tuple[Any, ...]]]] = {width: [()] * width for width in (2, 3, 9, 12)}
+
+
+def _columns(rows: list[Any], width: int) -> list[tuple[Any, ...]]:
+    return list(zip(*rows, strict=True)) if rows else _NOTHING[width]
+
+
+class ShardStore:
+    """One shard, over a connection of the engine."""
+
+    def __init__(self, connection: Any, shard: int) -> None:
+        self._connection = connection
+        self._shard = shard
+        self._sql = statements("shard")
+        self._flush: Any = None
+
+    async def system(self) -> str:
+        """The cluster's identifier: transaction ids mean something inside one cluster only."""
+        row = await self._connection.fetchrow(self._sql["identity"])
+        if row["standby"]:
+            raise asyncpg.CannotConnectNowError("this server is a read-only standby")
+        return str(row["system"])
+
+    async def try_lease(self) -> bool:
+        """Take the lease for as long as this connection lives; False while somebody else has it."""
+        return bool(await self._connection.fetchval(self._sql["try_lease"], self._shard))
+
+    async def take_over(self) -> int:
+        """Raise the epoch, which fences whoever held the shard before, and return it."""
+        return int(await self._connection.fetchval(self._sql["take_over"], self._shard))
+
+    async def state(self) -> ShardState:
+        """The row as it stands."""
+        row = await self._connection.fetchrow(self._sql["cursor"], self._shard)
+        cursor = Cursor(row["prev"], row["prev_at"], row["cur"], None, row["at_xid"], row["at_seq"])
+        return ShardState(row["epoch"], row["batch"], cursor, row["system"])
+
+    async def anchor(self, epoch: int, system: str, prev: Snapshot | None = None, prev_at: datetime | None = None) -> None:
+        """Say whose transaction ids the cursor holds; with `prev`, move the cursor there."""
+        await self._connection.execute(self._sql["anchor"], self._shard, epoch, system, prev, prev_at)
+
+    async def flush(self, epoch: int, batch: Batch) -> None:
+        """Write a batch in one round trip and one transaction. Raises Fenced when the epoch is over."""
+        if self._flush is None:
+            self._flush = await self._connection.prepare(self._sql["flush"])
+        c = batch.cursor
+        where = (c.prev, c.prev_at, c.cur, c.at_xid, c.at_seq) if c else (None,) * 5
+        try:
+            await self._flush.fetch(
+                self._shard,
+                epoch,
+                batch.number,
+                *where,
+                *_columns(batch.attempts, 12),
+                *_columns(batch.pending, 9),
+                *_columns(batch.settled, 3),
+                *_columns(batch.discarded, 2),
+            )
+        except asyncpg.PostgresError as error:
+            if error.sqlstate == FENCED_SQLSTATE:
+                raise Fenced(str(error)) from None
+            raise

@@ -1,0 +1,49 @@
+-- Reading the outbox as the difference of two snapshots. A page is a prefix of that difference in the order (xid, seq): first
+-- the transactions that were in progress in `prev` ($1), then everything that began later (from xid $2 on), both behind
+-- (at_xid, at_seq) = ($3, $4). $5 bounds where the first kind's rows can lie, $6 the second kind's: partitions before are pruned.
+
+-- name: first_page
+-- One statement, one snapshot: the header row carries it, so whatever the rest shows is visible in it.
+SELECT pg_current_snapshot() AS snapshot, clock_timestamp() AS at, (SELECT version FROM dispatcher.registry) AS registry,
+       NULL::bigint AS seq, NULL::xid8 AS xid, NULL::text AS id, NULL::text AS account, NULL::text AS type, NULL::text AS data,
+       NULL::timestamptz AS created_at, NULL::timestamptz AS written_at
+UNION ALL
+(SELECT * FROM (
+    SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, o.*
+    FROM unnest($1::xid8[]) AS x (xid) CROSS JOIN LATERAL (
+        SELECT seq, xid, id, account, type, data::text, created_at, written_at FROM dispatcher.outbox
+        WHERE xid = x.xid AND seq > CASE WHEN x.xid = $3::xid8 THEN $4::bigint ELSE 0 END AND written_at >= $5
+        ORDER BY xid, seq LIMIT $7) AS o
+    UNION ALL
+    (SELECT NULL, NULL, NULL, seq, xid, id, account, type, data::text, created_at, written_at FROM dispatcher.outbox
+     WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND written_at >= $6
+     ORDER BY xid, seq LIMIT $7)) AS page LIMIT $7);
+
+-- name: next_page
+-- A further page of a difference that did not fit into one: what is visible in its end, the snapshot $8.
+SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, page.* FROM (
+    SELECT o.*
+    FROM unnest($1::xid8[]) AS x (xid) CROSS JOIN LATERAL (
+        SELECT seq, xid, id, account, type, data::text, created_at, written_at FROM dispatcher.outbox
+        WHERE xid = x.xid AND seq > CASE WHEN x.xid = $3::xid8 THEN $4::bigint ELSE 0 END AND written_at >= $5
+          AND pg_visible_in_snapshot(xid, $8)
+        ORDER BY xid, seq LIMIT $7) AS o
+    UNION ALL
+    (SELECT seq, xid, id, account, type, data::text, created_at, written_at FROM dispatcher.outbox
+     WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND xid < pg_snapshot_xmax($8) AND written_at >= $6
+       AND pg_visible_in_snapshot(xid, $8)
+     ORDER BY xid, seq LIMIT $7)) AS page LIMIT $7;
+
+-- name: reread
+-- After a restore: events by the clock instead of by foreign transaction ids. Three empty columns stand for the header's.
+SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, seq, xid, id, account, type, data::text, created_at, written_at
+FROM dispatcher.outbox WHERE written_at >= $1 ORDER BY xid, seq;
+
+-- name: known
+-- Which of these (endpoint, event) pairs are settled or pending already.
+SELECT u.endpoint_id, u.event_seq
+FROM unnest($1::integer[], $2::bigint[]) AS u (endpoint_id, event_seq)
+WHERE EXISTS (SELECT FROM dispatcher.pending p
+              WHERE p.endpoint_id = u.endpoint_id AND p.event_seq = u.event_seq AND p.generation = 0)
+   OR EXISTS (SELECT FROM dispatcher.attempt a
+              WHERE a.event_seq = u.event_seq AND a.endpoint_id = u.endpoint_id AND a.generation = 0 AND a.at >= $3);

@@ -1,0 +1,44 @@
+-- name: identity
+-- Whose transaction ids these are. A dump restored elsewhere carries foreign ones.
+SELECT (SELECT system_identifier FROM pg_control_system())::text AS system, pg_is_in_recovery() AS standby;
+
+-- name: try_lease
+SELECT pg_try_advisory_lock(1953656688, 1000 + $1::integer);
+
+-- name: take_over
+UPDATE dispatcher.shard SET epoch = epoch + 1 WHERE id = $1 RETURNING epoch;
+
+-- name: cursor
+SELECT epoch, batch, prev, prev_at, cur, at_xid, at_seq, system FROM dispatcher.shard WHERE id = $1;
+
+-- name: anchor
+-- Transaction ids of this cluster begin anew: everything visible now counts as read but what `reread` finds by time.
+UPDATE dispatcher.shard SET system = $3, prev = coalesce($4::pg_snapshot, prev), prev_at = coalesce($5, prev_at),
+       cur = CASE WHEN $4::pg_snapshot IS NULL THEN cur END, at_xid = CASE WHEN $4::pg_snapshot IS NULL THEN at_xid ELSE '0' END,
+       at_seq = CASE WHEN $4::pg_snapshot IS NULL THEN at_seq ELSE 0 END
+WHERE id = $1 AND epoch = $2;
+
+-- name: fall_asleep
+SELECT pg_try_advisory_lock_shared(1953656688, 0);
+
+-- name: wake_up
+SELECT pg_advisory_unlock_shared(1953656688, 0);
+
+-- name: own_xid
+SELECT pg_current_xact_id();
+
+-- name: flush
+SELECT dispatcher.flush($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22,
+                        $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34);
+
+-- name: heartbeat
+INSERT INTO dispatcher.instance (id, host, pid, role, version, started_at, heartbeat_at, snapshot)
+VALUES ($1, $2, $3, $4, $5, $6, now(), $7)
+ON CONFLICT (id) DO UPDATE SET role = excluded.role, heartbeat_at = excluded.heartbeat_at, snapshot = excluded.snapshot;
+
+-- name: forget_instances
+DELETE FROM dispatcher.instance WHERE heartbeat_at < now() - interval '1 day' OR id = $1;
+
+-- name: instances
+SELECT id, host, pid, role, version, started_at, heartbeat_at, snapshot FROM dispatcher.instance
+WHERE heartbeat_at > now() - interval '5 seconds' ORDER BY started_at;

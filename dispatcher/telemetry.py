@@ -1,0 +1,139 @@
+"""What the engine counts, and the Snapshot that everything outside it sees.
+
+The engine adds to plain integers and lists; once a second, or when a scraper asks, they are copied into a Snapshot. No
+label grows with accounts or endpoints.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import msgspec
+
+from dispatcher.model import DeliveryState, EndpointStatus, Result
+
+SECONDS: Final = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0,
+)  # fmt: skip
+"""Buckets around what matters: 1 ms wake-ups below, the 30 s deadline above."""
+LONG_SECONDS: Final = (*SECONDS, 300.0, 3600.0, 86400.0)
+"""For latencies that grow with a backlog."""
+SIZES: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
+
+OPERATIONS: Final = ("poll", "flush", "refill", "fetch", "pull", "registry", "heartbeat")
+
+
+class HistogramData(msgspec.Struct, frozen=True):
+    """Counts per bucket, the last one above all bounds; not cumulated."""
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    sum: float
+
+    def quantile(self, q: float) -> float | None:
+        """Upper bound of the bucket that holds quantile `q`; None without observations."""
+        total = sum(self.counts)
+        rank, seen = q * total, 0
+        for bound, n in zip((*self.bounds, self.bounds[-1]), self.counts, strict=True):
+            seen += n
+            if n and seen >= rank:
+                return bound
+        return None
+
+
+class Histogram:
+    """Fixed buckets, one bisection an observation."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def data(self) -> HistogramData:
+        """A copy that does not change any more."""
+        return HistogramData(self.bounds, self.counts.copy(), self.sum)
+
+
+class TroubledEndpoint(msgspec.Struct, frozen=True):
+    """One of the worst webhooks, for people to look at first."""
+
+    id: str
+    health: str
+    queued: int
+    in_flight: int
+    window: int
+    backlog: bool
+    error: str | None
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine at one moment: counters since the process started, gauges as they stand."""
+
+    role: str = "standby"  # active | standby
+    database: bool = False  # reachable right now
+    progress_age_s: float = 0.0  # since the engine's loops last went round
+    at_unix_s: float = 0.0
+    events: int = 0
+    deliveries: dict[str, int] = msgspec.field(default_factory=dict)  # settled or set to retrying, by state
+    attempts: dict[str, int] = msgspec.field(default_factory=dict)  # by result
+    released: int = 0
+    attempt_duration: HistogramData | None = None
+    delivery_latency: HistogramData | None = None
+    settle_batch_size: HistogramData | None = None
+    database_operations: dict[str, HistogramData] = msgspec.field(default_factory=dict)
+    outbox_lag_s: float = 0.0
+    outbox_backlog: int = 0
+    in_flight: int = 0
+    queued: int = 0
+    buffered: int = 0
+    retries_waiting: int = 0
+    oldest_pending_s: float = 0.0
+    endpoints: dict[str, int] = msgspec.field(default_factory=dict)  # by status
+    lanes: dict[str, int] = msgspec.field(default_factory=dict)  # by health
+    connections: dict[str, int] = msgspec.field(default_factory=dict)  # by state
+    event_loop_lag_s: float = 0.0
+    worst: list[TroubledEndpoint] = msgspec.field(default_factory=list)
+
+
+class Telemetry:
+    """The engine's counters. One owner: the event loop."""
+
+    __slots__ = (
+        "attempt_duration", "attempts", "database", "deliveries", "delivery_latency", "events", "loop_lag_s", "read",
+        "released", "settle_batch_size",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.events = 0  # rows read from the outbox
+        self.read = 0  # deliveries made of them
+        self.released = 0  # deliveries given back unattempted
+        self.deliveries = dict.fromkeys((s.value for s in DeliveryState if s not in ("pending", "in_flight")), 0)
+        self.attempts: dict[Result, int] = dict.fromkeys(Result, 0)
+        self.attempt_duration = Histogram(SECONDS)
+        self.delivery_latency = Histogram(LONG_SECONDS)
+        self.settle_batch_size = Histogram(SIZES)
+        self.database = {operation: Histogram(SECONDS) for operation in OPERATIONS}
+        self.loop_lag_s = 0.0
+
+    @contextmanager
+    def timed(self, operation: str) -> Iterator[None]:
+        """Observe how long a statement takes, failures included."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.database[operation].observe(time.perf_counter() - start)
+
+
+NO_ENDPOINTS: Final = dict.fromkeys((s.value for s in EndpointStatus), 0)
