@@ -3,10 +3,11 @@
     python -m bench.transport                       the whole table
     python -m bench.transport --clients ours --shapes 100x8 --requests 200000
 
-Signed-size POSTs (600 bytes of body) over warm keep-alive connections to a receiver in a process of its own, which answers
-200 with two bytes and does nothing else. A closed loop: every finished request starts the next one. The figure that
-counts is CPU per request of the client's process; requests per second depend on the second core too. Each cell runs in a
-process of its own. `bare` is no client (no pool, no deadline, no bounds): it is what the event loop and the parser cost.
+Signed-size POSTs (600 bytes of body) over warm keep-alive connections to a receiver in a process of its own, which
+answers 200 with two bytes and does nothing else. A closed loop: every finished request starts the next one. The figure
+that counts is CPU per request of the client's process; requests per second depend on the second core too. Each cell
+runs in a process of its own. `bare` is no client (no pool, no deadline, no bounds): it is what the event loop and the
+parser cost.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ import uvloop
 BODY = b'{"id":"evt_01h455vb4pex5vsknk084sn02q","type":"email.delivered","data":"' + b"x" * 526 + b'"}'
 SHAPES = ("1x32", "100x8", "1000x1")  # endpoints x requests in flight to each
 REQUESTS = 100_000
+ROUNDS = 5
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
 
 
 def post(host: str) -> bytes:
     """Return the bytes of one request, headers as a delivery has them."""
     head = (
-        f"POST /hook HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nUser-Agent: TrackPost-Webhooks/1.0\r\n"
+        f"POST /hook HTTP/1.1\r\nHost: {host}\r\n"
+        f"Content-Type: application/json\r\nUser-Agent: TrackPost-Webhooks/1.0\r\n"
         f"X-Trackpost-Signature: {'0' * 64}\r\nX-Trackpost-Event: email.delivered\r\n"
         f"X-Trackpost-Delivery: dlv_01h455vb4pex5vsknk084sn02q\r\nX-Trackpost-Attempt: 1\r\n"
         f"webhook-id: evt_01h455vb4pex5vsknk084sn02q\r\nwebhook-timestamp: 1700000000\r\n"
@@ -138,6 +141,7 @@ class Countdown:
         self.in_flight = in_flight
         self.ended = asyncio.Event()
         self.to_start = self.to_end = 0
+        self.failure = ""
 
     def reset(self, requests: int) -> int:
         """Return how many to start at once."""
@@ -145,6 +149,16 @@ class Countdown:
         first = min(self.in_flight, requests)
         self.to_start, self.to_end = requests - first, requests
         return first
+
+    def fail(self, words: str) -> None:
+        """One has gone wrong: the run is void."""
+        self.failure = words
+        self.ended.set()
+
+    async def wait(self) -> None:
+        await self.ended.wait()
+        if self.failure:
+            raise RuntimeError(self.failure)
 
     def next(self) -> bool:
         """One has ended: may another start?"""
@@ -161,7 +175,7 @@ class Countdown:
 async def ours(load: Load) -> AsyncIterator[Send]:
     from dispatcher.core.addresses import Guard
     from dispatcher.engine.transport import Transport, TransportSettings
-    from dispatcher.model import Attempt, Result
+    from dispatcher.model import Attempt
 
     class Loopback:
         async def resolve(self, host: str) -> Sequence[str]:
@@ -180,8 +194,9 @@ async def ours(load: Load) -> AsyncIterator[Send]:
     countdown = Countdown(load.in_flight)
 
     def done(lane: Any, attempt: Attempt) -> None:
-        assert attempt.result is Result.OK, attempt
-        if countdown.next():
+        if attempt.error is not None or attempt.status != 200:
+            countdown.fail(repr(attempt))
+        elif countdown.next():
             origin, request = lane
             origin.submit(request, 30.0, done, lane)
 
@@ -189,7 +204,7 @@ async def ours(load: Load) -> AsyncIterator[Send]:
         for number in range(countdown.reset(requests)):
             lane = lanes[number % load.endpoints]
             lane[0].submit(lane[1], 30.0, done, lane)
-        await countdown.ended.wait()
+        await countdown.wait()
 
     yield send
     await transport.close()
@@ -240,7 +255,7 @@ async def bare(load: Load) -> AsyncIterator[Send]:
     async def send(requests: int) -> None:
         for _, connection in connections[: countdown.reset(requests)]:
             connection.write(request)
-        await countdown.ended.wait()
+        await countdown.wait()
 
     yield send
     for transport, _ in connections:
@@ -295,7 +310,10 @@ CLIENTS = {"bare": bare, "ours": ours, "aiohttp": tuned_aiohttp}
 async def run(
     client: str, *, tls: bool = False, endpoints: int = 100, each: int = 8, requests: int = REQUESTS
 ) -> dict[str, Any]:
-    """Send `requests` in this process and loop after warming up; return CPU µs per request and requests per second."""
+    """Send `requests` in this process and loop after warming up; return CPU µs per request and requests per second.
+
+    They are sent in rounds and the best one counts: what else the machine does only ever adds.
+    """
     with tempfile.TemporaryDirectory() as directory:
         if tls:
             make_certificates(directory)
@@ -305,18 +323,25 @@ async def run(
             async with CLIENTS[client](load) as send:
                 await send(load.in_flight * 5)
                 settle_memory()
-                wall, cpu = time.perf_counter(), time.process_time()
-                await send(requests)
-                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+                rounds = [await timed(send, requests // ROUNDS) for _ in range(ROUNDS)]
+    cpu_us, rate = min(cpu for cpu, _ in rounds), max(rate for _, rate in rounds)
     return {
         "client": client,
         "tls": tls,
         "endpoints": endpoints,
         "each": each,
         "requests": requests,
-        "cpu_us": cpu / requests * 1e6,
-        "rate": requests / wall,
+        "cpu_us": cpu_us,
+        "rate": rate,
     }
+
+
+async def timed(send: Send, requests: int) -> tuple[float, float]:
+    """Return CPU µs per request and requests per second of one round."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    await send(requests)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return cpu / requests * 1e6, requests / wall
 
 
 def settle_memory() -> None:

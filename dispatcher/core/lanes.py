@@ -21,9 +21,10 @@ second for the subscriber to fall over. Waking late by up to 10 ms is made up fo
 a fraction of it on a loop that turns every 5 ms; the spacing is wider by the same 10 ms in a second, so that at most
 ⌈rate⌉ starts fall in any second nevertheless, at 99 % of the rate in the long run.
 
-**Bounds.** In flight in all; queued in all; queued per lane; retries queued in all, so that a storm of retries leaves
-room for first attempts. Within a lane retries and first attempts share the queue. Where a bound is met `offer` says
-so and nothing is kept: the caller writes a pending row, or stops reading.
+**Bounds.** In flight in all; queued in all; queued per lane, and never more than it leaves for all others
+(`room_for_lane`); retries queued in all, so that a storm of retries leaves room for first attempts. Within a lane
+retries and first attempts share the queue. Where a bound is met `offer` says so and nothing is kept: the caller writes
+a pending row, or stops reading.
 
 **Invariant.** A lane that may start has exactly one place, in `new`, `old` or the heap. Every item offered and
 queued leaves once: by `next`, or by `release` (also when the lane dies), in order. `queued` and `in_flight` equal the
@@ -33,7 +34,7 @@ sums over the lanes. `check` asserts all that it can see; the tests call it afte
 any queue. A lane that was forgotten still takes the results of what it has in flight, and nothing else.
 
 **Source.** FQ-CoDel, RFC 8290 §4.2 (new and old flows, and why an empty new one must pass through old); ITU-T I.371
-(GCRA); the windows are `core/window.py`.
+(GCRA); Choudhury and Hahne (1998) for `room_for_lane`; the windows are `core/window.py`.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ class Lane(Generic[T]):
 class Lanes(Generic[T]):
     """All lanes and whose turn it is. Items are opaque; `now` is monotonic seconds.
 
-    `offer`, `next` and `done` run once per delivery and are written for speed: 0.7 µs the three of them, warm.
+    `offer`, `next` and `done` run once per delivery and are written for speed: 0.7 µs the three of them, 1.2
+    with 10,000 lanes out of the processor's cache.
     """
 
     def __init__(self, *, queued_max: int, lane_queued_max: int, retries_queued_max: int, in_flight_max: int) -> None:
@@ -205,7 +207,6 @@ class Lanes(Generic[T]):
             lane.interval_s = interval_s
             if lane.place is _TIMED:
                 self._line_up(lane)
-        self._readmit(lane)
 
     def pause(self, lane: Lane[T]) -> None:
         """Let nothing more start. What is queued stays until `release`."""
@@ -214,7 +215,8 @@ class Lanes(Generic[T]):
     def resume(self, lane: Lane[T]) -> None:
         """End a pause."""
         lane.paused = False
-        self._readmit(lane)
+        if lane.place is _NOWHERE and lane.todo and lane.has_room:
+            self._line_up(lane)
 
     def revive(self, lane: Lane[T]) -> None:
         """Let a dead endpoint be probed at once: its owner says it is back, or it has another address now."""
@@ -235,7 +237,7 @@ class Lanes(Generic[T]):
         """Look at the next `lanes_max` lanes and forget those idle since the last look; return their keys.
 
         An endpoint heard of again starts at the initial window, as a TCP connection does after idling. A dead one is
-        remembered until it answers. The engine calls this every few seconds: 0.3–0.8 µs a lane.
+        remembered until it answers. Meant to be called every few seconds: 0.4 µs a lane, 1.2 for one forgotten.
         """
         rota = self._rota
         keys = []
@@ -264,7 +266,7 @@ class Lanes(Generic[T]):
                 return Offer.DEAD
             self._announce(lane, turn)
         todo = lane.todo
-        if self.queued >= self.queued_max or len(todo) >= self.lane_queued_max:
+        if len(todo) >= self.lane_queued_max or len(todo) >= self.queued_max - self.queued:
             return _FULL
         if retry:
             if self.retries_queued >= self.retries_queued_max:
@@ -331,7 +333,7 @@ class Lanes(Generic[T]):
             self._announce(lane, turn)
             if window.health is _DEAD:
                 return self.release(lane)
-        if lane.place is _NOWHERE and lane.todo and lane.busy < window.size and not lane.paused:
+        if lane.place is _NOWHERE and lane.todo and lane.busy < window.size:
             lane.place = _OLD
             self._old.append(lane)
         return None
@@ -362,6 +364,16 @@ class Lanes(Generic[T]):
         return timed[0][0] if timed else None
 
     @property
+    def room_for_lane(self) -> int:
+        """How long any one queue may be now: no longer than what is left for all others together.
+
+        A lane alone may fill half of the space; when many are slow the share of each shrinks, so that the slow ones
+        spill before the space is gone and the fast ones, whose queues are short, never notice. Choudhury and Hahne,
+        "Dynamic queue length thresholds for shared-memory packet switches" (1998), with a factor of one.
+        """
+        return min(self.lane_queued_max, self.queued_max - self.queued)
+
+    @property
     def full(self) -> bool:
         """Whether the engine has all the work it can hold: the reader stops."""
         return self.queued >= self.queued_max
@@ -383,10 +395,6 @@ class Lanes(Generic[T]):
             old, new = turn
             self._healths[old] -= 1
             self._healths[new] += 1
-
-    def _readmit(self, lane: Lane[T]) -> None:
-        if lane.place is _NOWHERE and lane.todo and lane.has_room:
-            self._line_up(lane)
 
     def _line_up(self, lane: Lane[T]) -> None:
         lane.ticket = 0

@@ -78,11 +78,12 @@ _PROBE_TIME: Final = datetime(2000, 1, 1, tzinfo=UTC)
 class Payload:
     """One event, parsed and checked once; its body in either style, rendered at most once each.
 
-    Construction raises `Undeliverable` for whatever no style can carry. `body` raises it only for the size, which
-    depends on the style: ASCII escapes make the python body of a Chinese text twice its compact one.
+    Construction raises `Undeliverable` for whatever the event is discarded for, a compact body over 256 KiB included.
+    `body` raises it only for the size of the python body, which concerns its own subscribers alone: ASCII escapes make
+    that of a Chinese text twice the compact one.
     """
 
-    __slots__ = ("_compact", "_envelope", "_python")
+    __slots__ = ("_compact", "_envelope", "_python", "event_id", "type")
 
     def __init__(
         self,
@@ -101,6 +102,8 @@ class Payload:
             raise Undeliverable("event id is not 1 to 64 characters of A-Z a-z 0-9 _ -")
         if not is_type(type):
             raise Undeliverable(f"type is not lower-case words joined by dots, at most {TYPE_BYTES_MAX} bytes")
+        self.event_id = event_id
+        self.type = type
         self._envelope: dict[str, Any] = {
             "id": event_id,
             "type": type,
@@ -108,20 +111,16 @@ class Payload:
             "created_at": created_at if created_at.tzinfo is UTC else _in_utc(created_at),
             "data": None,
         }
-        self._compact = self._parse(_source(data))
+        self._compact = _bounded(self._parse(_source(data)))
         self._python: bytes | None = None
 
     def body(self, style: BodyStyle) -> bytes:
-        """Return the bytes to send and to sign: the same object on every call. Raises `Undeliverable` over 256 KiB."""
+        """Return the bytes to send and to sign: the same object on every call."""
         if style is _COMPACT:
-            body = self._compact
-        elif self._python is None:
-            body = self._python = self._render_python()
-        else:
-            body = self._python
-        if len(body) > BODY_BYTES_MAX:
-            raise Undeliverable(f"body is over {BODY_BYTES_MAX} bytes")
-        return body
+            return self._compact
+        if self._python is None:
+            self._python = _bounded(self._render_python())
+        return self._python
 
     def _parse(self, source: bytes) -> bytes:
         """Put the value into the envelope and return the compact body.
@@ -148,7 +147,7 @@ class Payload:
         return _python_json({**self._envelope, "created_at": created_at}).encode("ascii")
 
     def __repr__(self) -> str:
-        return f"<Payload {self._envelope['id']} {self._envelope['type']}, {len(self._compact)} bytes compact>"
+        return f"<Payload {self.event_id} {self.type}, {len(self._compact)} bytes compact>"
 
 
 def render(
@@ -169,7 +168,7 @@ def check_data(type: str, data: str | bytes) -> None:  # noqa: A002
 
     The size is that of the compact body under an id of ours.
     """
-    Payload(_PROBE_ID, type, _PROBE_TIME, data).body(_COMPACT)
+    Payload(_PROBE_ID, type, _PROBE_TIME, data)
 
 
 def is_type(text: str) -> bool:
@@ -200,6 +199,12 @@ def _source(data: str | bytes) -> bytes:
     if len(source) > TEXT_BYTES_MAX:
         raise Undeliverable(f"data is over {TEXT_BYTES_MAX} bytes as written")
     return source
+
+
+def _bounded(body: bytes) -> bytes:
+    if len(body) > BODY_BYTES_MAX:
+        raise Undeliverable(f"body is over {BODY_BYTES_MAX} bytes")
+    return body
 
 
 def _is_plain(members: Iterable[tuple[str, Any]], depth: int) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Final
 
-from dispatcher.model import AccountId, Endpoint, EndpointId, EndpointStatus
+from dispatcher.model import Endpoint, EndpointId, EndpointStatus
 
 TYPE_BYTES_MAX: Final = 128
 MEMO_MAX: Final = 8192  # types are any text an application inserts; at ≈ 200 bytes each, below 2 MiB
@@ -69,11 +69,11 @@ class Registry:
     def __init__(self, endpoints: Iterable[Endpoint], version: int) -> None:
         self.version = version
         self._by_id: Final = {endpoint.id: endpoint for endpoint in endpoints}
-        self._routes: defaultdict[int, _Routes] = defaultdict(lambda: _Routes(defaultdict(dict), defaultdict(dict), {}))
-        self._memo: dict[tuple[int, str], tuple[Endpoint, ...]] = {}
+        self._routes: defaultdict[str, _Routes] = defaultdict(lambda: _Routes(defaultdict(dict), defaultdict(dict), {}))
+        self._memo: dict[tuple[str, str], tuple[Endpoint, ...]] = {}
         for endpoint in self._by_id.values():
             if endpoint.status is not EndpointStatus.DISABLED:
-                self._routes[endpoint.account_id].add(endpoint)
+                self._routes[endpoint.account].add(endpoint)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -84,20 +84,20 @@ class Registry:
     def __repr__(self) -> str:
         return f"<Registry version {self.version}, {len(self)} endpoints of {len(self._routes)} accounts>"
 
-    def match(self, account_id: AccountId, event_type: str) -> tuple[Endpoint, ...]:
+    def match(self, account: str, event_type: str) -> tuple[Endpoint, ...]:
         """The webhooks of this account that receive this type: each once, by ascending id."""
-        key = (account_id, event_type)
+        key = (account, event_type)
         found = self._memo.get(key)
         if found is None:
             if len(self._memo) >= MEMO_MAX:
                 self._memo.clear()
-            found = self._memo[key] = self._find(account_id, event_type)
+            found = self._memo[key] = self._find(account, event_type)
         return found
 
     def by_id(self, endpoint_id: EndpointId) -> Endpoint | None:
         """The webhook of that id, disabled ones included; None if there is none at this version."""
         return self._by_id.get(endpoint_id)
 
-    def _find(self, account_id: AccountId, event_type: str) -> tuple[Endpoint, ...]:
-        routes = self._routes.get(account_id)
+    def _find(self, account: str, event_type: str) -> tuple[Endpoint, ...]:
+        routes = self._routes.get(account)
         return tuple(sorted(routes.match(event_type).values(), key=attrgetter("id"))) if routes is not None else ()

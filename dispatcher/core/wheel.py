@@ -21,7 +21,8 @@ in it before: the old moment is void, and firing then would be early. A limited 
 slot goes on there at the next call, before anything later.
 
 **Source.** Varghese and Lauck, "Hashed and Hierarchical Timing Wheels" (1987), scheme 4; the bitmap is from the
-schedulers that followed. In CPython a fired timer costs 0.3–0.45 µs here, 2–4 in `heapq`, 1–3.6 in a hierarchy.
+schedulers that followed. With 100,000 keys waiting, CPython 3.11 takes 0.4–0.6 µs to insert a key and 0.7–1.0 to fire
+it, its slot's share included; `heapq` 0.3–0.6 and 2.5–4.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class OpenPage:
 class Delivery:
     """One event for one webhook, in memory."""
 
-    __slots__ = ("attempts", "body", "era", "event", "generation", "other_secret", "page", "row", "sent_wall", "subscriber")
+    __slots__ = ("attempts", "era", "event", "generation", "other_secret", "page", "row", "sent_wall", "subscriber")
 
     def __init__(
         self, event: Event, subscriber: Subscriber, page: OpenPage | None, generation: int = 0, attempts: int = 0, row: Row = Row.NONE
@@ -94,7 +94,6 @@ class Delivery:
         self.era = 0  # the window's generation when the request began
         self.other_secret = False  # the second try during a rotation's grace
         self.sent_wall = 0.0
-        self.body = b""
 
     @property
     def key(self) -> DeliveryKey:
@@ -212,7 +211,7 @@ class Deliverer:
         now = self._wall()
         expires = endpoint.previous_secret_expires_at
         previous = endpoint.previous_secret if expires is not None and expires.timestamp() > now else None
-        subscriber.signer = Signer(endpoint.secret, previous, self._prefix.decode())
+        subscriber.signer = Signer(endpoint.secret, previous, prefix=self._prefix.decode())
         try:
             target = self._guard.check_url(endpoint.url)
         except AddressRefused as error:
@@ -258,7 +257,7 @@ class Deliverer:
 
     def sweep(self) -> None:
         """Forget webhooks that have been idle for a while; what is heard of again is made again."""
-        for key in self.lanes.sweep():
+        for key in self.lanes.sweep(self._loop.time()):
             subscriber = self.subscribers[key]
             endpoint = subscriber.endpoint
             if subscriber.backlog or subscriber.unflushed or subscriber.head_key is not None:
@@ -321,7 +320,9 @@ class Deliverer:
         while (turn := lanes.next(now)) is not None:
             self._send(turn[0], turn[1])
         wake = lanes.next_wake()
-        if wake is not None and self._timer is None:
+        if wake is not None and (self._timer is None or wake < self._timer.when()):
+            if self._timer is not None:
+                self._timer.cancel()
             self._timer = self._loop.call_at(max(wake, now + 0.001), self._rated)
 
     def _rated(self) -> None:
@@ -334,23 +335,18 @@ class Deliverer:
         delivery.era = lane.window.generation
         self.in_flight.add(delivery)
         if subscriber.origin is None:
-            self._done(delivery, Attempt(Result.BLOCKED, error=subscriber.error))
+            self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=subscriber.error))
             return
         payload = delivery.event.payload
         try:
             body = payload.body(endpoint.body_style)
         except Undeliverable as error:
-            self._done(delivery, Attempt(Result.BLOCKED, error=str(error)))
+            self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=str(error)))
             return
         wall = self._wall()
         delivery.sent_wall = wall
         event_id, timestamp = payload.event_id.encode(), b"%d" % wall
-        signer = subscriber.signer
-        signed = (
-            signer.headers_by_previous(event_id, timestamp, body)
-            if delivery.other_secret
-            else signer.headers(event_id, timestamp, body)
-        )
+        signed = subscriber.signer.headers(event_id, timestamp, body, by_previous=delivery.other_secret)
         request = self._fields % (
             subscriber.head,
             payload.type.encode(),
@@ -369,7 +365,7 @@ class Deliverer:
         subscriber = delivery.subscriber
         lane = subscriber.lane
         now = self._loop.time()
-        if attempt.status in (401, 403) and not delivery.other_secret and subscriber.signer.has_previous and self.running:
+        if attempt.status in (401, 403) and not delivery.other_secret and subscriber.signer.is_rotating and self.running:
             delivery.other_secret = True  # a rotation under way: the other secret, at once, not counted
             self._send(lane, delivery)
             return

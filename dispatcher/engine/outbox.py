@@ -83,7 +83,8 @@ class OutboxReader:
         self.notified = asyncio.Event()
         self.registry = Registry((), -1)
         self.progress_at = self._loop.time()
-        self.lag_s = 0.0
+        self.read_to: Any = None  # written_at of the last row read while behind; None when caught up
+        self.read_seq = 0
         self.stopping = False
         self._open: deque[OpenPage] = deque()
         self._resolved: Cursor | None = None
@@ -121,13 +122,16 @@ class OutboxReader:
             with self._telemetry.timed("poll"):
                 page = await self._pages.read(cursor, PAGE_ROWS)
             self.progress_at = self._loop.time()
-            if page.registry is not None and page.registry != self.registry.version:
+            if page.registry is not None and page.registry > self.registry.version:
                 await self.reload()
             if page.rows:
                 await self._route(page, recovering=recovering)
             elif not self._open:
                 self._advance(page.after)
             cursor = page.after
+            self.read_to = None if page.complete else page.rows[-1][10]
+            if page.rows:
+                self.read_seq = max(self.read_seq, page.rows[-1][3])
             if page.complete:
                 recovering = recovering and not fresh
                 await self._pace(len(page.rows), page.after.prev[0])
@@ -142,9 +146,10 @@ class OutboxReader:
     async def reload(self) -> None:
         """Load the registry and let every webhook in memory know."""
         with self._telemetry.timed("registry"):
-            self.registry = await self._load_registry()
-        registry = self.registry
-        self._deliverer.apply(registry.by_id)
+            registry = await self._load_registry()
+        if registry.version > self.registry.version:
+            self.registry = registry
+            self._deliverer.apply(registry.by_id)
 
     async def _room(self) -> None:
         """Back-pressure: wait until the engine can hold another page."""

@@ -327,8 +327,7 @@ class Connection(asyncio.Protocol):
                 self._break(request, Result.PROTOCOL, flaw)
                 return
         origin = self._origin
-        client = origin.client
-        now = client.time()
+        now = origin.time()
         result = _RESULTS[status]
         attempt = Attempt(
             result,
@@ -343,10 +342,14 @@ class Connection(asyncio.Protocol):
         if self._keep_alive and not self._surplus and not self._paused:
             self._reused = True
             self._reset()
-            origin.take_back(self, now)
+            if origin.waiting or origin.closed:
+                origin.take_back(self, now)
+            else:
+                self.deadline = now + origin.keepalive_s
+                origin.idle.append(self)
         else:
             self.abort()
-        client.attempts += 1
+        origin.client.attempts += 1
         request.done(request.token, attempt)
 
     def _break(self, request: Request, result: Result, error: str) -> None:
@@ -452,10 +455,12 @@ class Origin:
     Requests and dials are not tied to each other: whatever connection comes first takes the oldest request.
     """
 
-    __slots__ = ("client", "closed", "dials", "idle", "queued", "target", "waiting")
+    __slots__ = ("client", "closed", "dials", "idle", "keepalive_s", "queued", "target", "time", "waiting")
 
     def __init__(self, client: Transport, target: Target) -> None:
         self.client = client
+        self.time = client.time
+        self.keepalive_s = client.settings.keepalive_s
         self.target = target
         self.idle: list[Connection] = []  # the one used last is used next
         self.waiting: collections.deque[Request] = collections.deque()
@@ -469,7 +474,7 @@ class Origin:
 
     def submit(self, request: bytes, timeout_s: float, done: Done, token: Any) -> None:
         """Send `request` (head and body) and call `done(token, attempt)` once, later, within about `timeout_s`."""
-        now = self.client.time()
+        now = self.time()
         submission = Request(request, now, timeout_s, done, token)
         if self.idle:
             try:

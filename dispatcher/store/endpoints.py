@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, Final
 
 import msgspec
+from msgspec import UnsetType
 
 from dispatcher.model import AccountId, BodyStyle, Endpoint, EndpointId, EndpointStatus, new_id
 from dispatcher.store.database import statements
@@ -30,7 +31,7 @@ class EndpointDefaults:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EndpointHealth:
-    """What the engine has learnt: nothing but failures since, the first exhausted delivery since the last success, why."""
+    """What the engine has learnt: only failures since, the first exhausted delivery since the last success, why."""
 
     endpoint_id: int
     failing_since: datetime | None
@@ -77,6 +78,13 @@ class EndpointChange(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class EndpointSecret:
+    """A webhook's signing secret; None: it is unsigned. Its repr shows nothing."""
+
+    current: str | None = dataclasses.field(repr=False)
+
+
 class EndpointStore:
     """All that touches the endpoint table. `db` is a pool or a connection of asyncpg."""
 
@@ -113,7 +121,6 @@ class EndpointStore:
             ordered=row["ordered"],
             timeout_s=row["timeout_s"] or defaults.timeout_s,
             created_snapshot=row["created_snapshot"],
-            version=row["version"],
         )
 
     async def health(self) -> dict[int, EndpointHealth]:
@@ -127,10 +134,6 @@ class EndpointStore:
         rows = [(h.endpoint_id, h.failing_since, h.exhausted_at, h.last_error) for h in health]
         if rows:
             await self._db.execute(self._sql["learn"], *zip(*rows, strict=True))
-
-    async def counts(self) -> dict[str, int]:
-        """How many webhooks there are, by status."""
-        return {row[0]: row[1] for row in await self._db.fetch(self._sql["counts"])}
 
     # ── for their owners ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -148,10 +151,10 @@ class EndpointStore:
         row = await self._db.fetchrow(self._sql["get"], account_id, public_id)
         return None if row is None else _record(row)
 
-    async def secret(self, account_id: int, public_id: str) -> str | None:
-        """The webhook's signing secret, in clear: for its owner, on request."""
+    async def secret(self, account_id: int, public_id: str) -> EndpointSecret | None:
+        """What a webhook's requests are signed with, in clear, for its owner; None if there is no such webhook."""
         row = await self._db.fetchrow(self._sql["get"], account_id, public_id)
-        return None if row is None else self._vault.open(row["secret"], public_id)
+        return None if row is None else EndpointSecret(self._vault.open(row["secret"], public_id))
 
     async def list(
         self, account_id: int, *, limit: int, after: str | None = None, before: str | None = None
@@ -164,30 +167,33 @@ class EndpointStore:
         return [_record(row) for row in rows]
 
     async def update(
-        self, account_id: int, public_id: str, change: EndpointChange, secret: str | None, *, version: int | None
+        self, account_id: int, public_id: str, change: EndpointChange, *, secret: str | UnsetType | None, version: int
     ) -> EndpointRecord | None:
-        """Write every setting; None if there is no such webhook, or no longer in that `version`."""
+        """Write every setting, and the secret unless it is UNSET; None if it is gone or no longer in that version."""
+        is_given = not isinstance(secret, UnsetType)
+        sealed = None if isinstance(secret, UnsetType) else self._vault.seal(secret, public_id)
         row = await self._db.fetchrow(
             self._sql["update"], account_id, public_id, change.url, change.description, change.events,
-            self._vault.seal(secret, public_id), *_settings(change), version,
+            sealed, *_settings(change), is_given, version,
         )  # fmt: skip
         return None if row is None else _record(row)
 
-    async def pause(self, account_id: int, public_id: str) -> EndpointRecord | None:
-        """Hold its events from now on; None if there is no such webhook that is active or paused."""
-        return await self._set_status(account_id, public_id, EndpointStatus.PAUSED, ["active", "paused"])
-
-    async def resume(self, account_id: int, public_id: str) -> EndpointRecord | None:
-        """Active again, from paused or disabled."""
-        return await self._set_status(account_id, public_id, EndpointStatus.ACTIVE, ["active", "paused", "disabled"])
-
-    async def _set_status(self, account_id: int, public_id: str, to: EndpointStatus, of: list[str]) -> EndpointRecord | None:
-        row = await self._db.fetchrow(self._sql["set_status"], account_id, public_id, to.value, of)
+    async def pause(self, account_id: int, public_id: str, *, version: int) -> EndpointRecord | None:
+        """Hold its events from now on; None if it is not active, or no longer in that version."""
+        row = await self._db.fetchrow(self._sql["pause"], account_id, public_id, version)
         return None if row is None else _record(row)
 
-    async def delete(self, account_id: int, public_id: str) -> bool:
-        """Remove a webhook. Its waiting deliveries go in steps, in the background."""
-        return await self._db.fetchval(self._sql["delete"], account_id, public_id) is not None
+    async def resume(self, account_id: int, public_id: str, *, version: int) -> EndpointRecord | None:
+        """Active again; None if it is neither paused nor disabled, or no longer in that version.
+
+        What was learnt of its failures is forgotten.
+        """
+        row = await self._db.fetchrow(self._sql["resume"], account_id, public_id, version)
+        return None if row is None else _record(row)
+
+    async def delete(self, account_id: int, public_id: str, *, version: int) -> bool:
+        """Remove a webhook, in that version. Its waiting deliveries go in steps, in the background."""
+        return await self._db.fetchval(self._sql["delete"], account_id, public_id, version) is not None
 
 
 def _schedule(raw: str | None, defaults: EndpointDefaults) -> tuple[float, ...]:
@@ -228,6 +234,6 @@ def _record(row: Any) -> EndpointRecord:
         version=row["version"],
         created_at=row["created_at"],
         updated_at=row["updated_at"],
-        failing_since=row.get("failing_since"),
-        last_error=row.get("last_error"),
+        failing_since=row["failing_since"],
+        last_error=row["last_error"],
     )

@@ -89,6 +89,10 @@ class ShardStore:
         """Say whose transaction ids the cursor holds; with `prev`, move the cursor there."""
         await self._connection.execute(self._sql["anchor"], self._shard, epoch, system, prev, prev_at)
 
+    async def naturalize(self) -> None:
+        """After a restore into another cluster: no webhook remembers transaction ids of the old one."""
+        await self._connection.execute(self._sql["naturalize"])
+
     async def flush(self, epoch: int, batch: Batch) -> None:
         """Write a batch in one round trip and one transaction. Raises Fenced when the epoch is over."""
         if self._flush is None:

@@ -140,6 +140,11 @@ def test_each_style_is_rendered_once() -> None:
         assert both.body(style) is both.body(style)
 
 
+def test_a_payload_knows_its_event_and_type() -> None:
+    both = payload("{}")
+    assert (both.event_id, both.type) == (EVENT_ID, "email.delivered")
+
+
 def test_repr_shows_no_data() -> None:
     assert repr(payload('{"to":"someone"}')) == f"<Payload {EVENT_ID} email.delivered, 140 bytes compact>"
 
@@ -396,12 +401,17 @@ def test_a_body_of_256_kib_passes_and_one_byte_more_does_not(style: BodyStyle) -
         payload(json.dumps({"a": "x" * (room + 1)})).body(style)
 
 
-def test_the_size_is_a_matter_of_style() -> None:
+def test_a_compact_body_over_the_bound_discards_the_event_at_once() -> None:
+    with pytest.raises(Undeliverable, match=r"^body is over 262144 bytes$"):
+        payload(json.dumps({"a": "x" * BODY_BYTES_MAX}))
+
+
+def test_a_python_body_over_the_bound_concerns_that_style_alone() -> None:
     chinese = payload(json.dumps({"a": "邮" * 80_000}))
-    assert len(chinese.body(COMPACT)) < BODY_BYTES_MAX
     for _ in range(2):
         with pytest.raises(Undeliverable, match=r"^body is over 262144 bytes$"):
             chinese.body(PYTHON)
+    assert len(chinese.body(COMPACT)) < BODY_BYTES_MAX
 
 
 def test_white_space_does_not_count_towards_the_body_but_has_an_end() -> None:

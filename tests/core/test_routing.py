@@ -22,7 +22,7 @@ def endpoint(number: int, *events: str, account: int = 1, status: EndpointStatus
 
 
 def matched(registry: Registry, event_type: str, account: int = 1) -> list[int]:
-    return [found.id for found in registry.match(AccountId(account), event_type)]
+    return [found.id for found in registry.match(f"account-{account}", event_type)]
 
 
 def test_a_type_matches_itself_only() -> None:

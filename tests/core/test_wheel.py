@@ -101,6 +101,14 @@ def test_a_limit_stops_within_a_slot_and_goes_on_there() -> None:
     assert wheel.elapsed == 5
 
 
+def test_a_limit_holds_over_several_slots() -> None:
+    wheel = Wheel[int](0)
+    for key, due in enumerate([1, 2, 2, 3]):
+        wheel.insert(key, due)
+    assert wheel.expire(5, 2) == [0, 1]
+    assert wheel.expire(5, 2) == [2, 3]
+
+
 def test_what_is_cancelled_while_its_slot_is_handed_out_does_not_leave() -> None:
     wheel = Wheel[int](0)
     for key in range(5):
@@ -179,18 +187,20 @@ class AgainstASortedList(RuleBasedStateMachine):
         self.now = now
         self.due: dict[Key, int] = {}  # re-inserted keys go to the end, as in a slot
 
-    @rule(number=st.integers(0, 30), ahead=st.integers(-3, 12))
-    def insert(self, number: int, ahead: int) -> None:
-        key, elapsed = (number, 0), self.wheel.elapsed
-        due = max(elapsed + ahead, elapsed + 1)
-        self.due.pop(key, None)
-        assert self.wheel.insert(key, elapsed + ahead) == (due - elapsed < self.slots)
-        if due - elapsed < self.slots:
-            self.due[key] = due
+    @rule(moments=st.lists(st.tuples(st.integers(0, 30), st.integers(-3, 12)), min_size=1, max_size=12))
+    def insert(self, moments: list[tuple[int, int]]) -> None:
+        for number, ahead in moments:
+            key, elapsed = (number, 0), self.wheel.elapsed
+            due = max(elapsed + ahead, elapsed + 1)
+            self.due.pop(key, None)
+            assert self.wheel.insert(key, elapsed + ahead) == (due - elapsed < self.slots)
+            if due - elapsed < self.slots:
+                self.due[key] = due
 
-    @rule(number=st.integers(0, 30))
-    def cancel(self, number: int) -> None:
-        assert self.wheel.cancel((number, 0)) == (self.due.pop((number, 0), None) is not None)
+    @rule(numbers=st.lists(st.integers(0, 30), min_size=1, max_size=6))
+    def cancel(self, numbers: list[int]) -> None:
+        for number in numbers:
+            assert self.wheel.cancel((number, 0)) == (self.due.pop((number, 0), None) is not None)
 
     @rule(ticks=st.sampled_from([0, 1, 1, 2, 3, 7, 8, 9, 40]), limit=st.none() | st.integers(1, 6))
     def expire(self, ticks: int, limit: int | None) -> None:

@@ -25,7 +25,7 @@ FROM unnest($1::integer[], $2::text[]) AS u (id, reason) WHERE e.id = u.id AND e
 INSERT INTO dispatcher.endpoint (public_id, account_id, url, description, events, secret, headers, body_style, retry,
                                  max_concurrency, rate_limit, ordered, timeout_s)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
-RETURNING *;
+RETURNING *, NULL::timestamptz AS failing_since, NULL::text AS last_error;
 
 -- name: get
 SELECT e.*, h.failing_since, h.last_error FROM dispatcher.endpoint e LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = e.id
@@ -39,20 +39,39 @@ WHERE e.account_id = $1 AND e.public_id < $2 COLLATE "C" ORDER BY e.public_id DE
 SELECT e.*, h.failing_since, h.last_error FROM dispatcher.endpoint e LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = e.id
 WHERE e.account_id = $1 AND e.public_id > $2 COLLATE "C" ORDER BY e.public_id LIMIT $3;
 
--- name: update
--- NULL $14: whatever version it has; else only that one, so that no other client's change is lost.
-UPDATE dispatcher.endpoint SET url = $3, description = $4, events = $5, secret = $6, headers = $7, body_style = $8, retry = $9,
-       max_concurrency = $10, rate_limit = $11, ordered = $12, timeout_s = $13, updated_at = now(), version = version + 1
-WHERE account_id = $1 AND public_id = $2 AND ($14::integer IS NULL OR version = $14)
-RETURNING *;
+-- All changes below name the version they were decided on, so that no other client's change is lost.
 
--- name: set_status
-UPDATE dispatcher.endpoint SET status = $3, disabled_reason = NULL, updated_at = now(), version = version + 1
-WHERE account_id = $1 AND public_id = $2 AND status = ANY($4::text[])
-RETURNING *;
+-- name: update
+-- Without $14 the secrets stay; with it, $6 takes the place of all of them at once.
+WITH changed AS (
+    UPDATE dispatcher.endpoint SET url = $3, description = $4, events = $5, headers = $7, body_style = $8, retry = $9,
+           max_concurrency = $10, rate_limit = $11, ordered = $12, timeout_s = $13, updated_at = now(), version = version + 1,
+           secret = CASE WHEN $14 THEN $6 ELSE secret END,
+           previous_secret = CASE WHEN NOT $14 THEN previous_secret END,
+           previous_secret_expires_at = CASE WHEN NOT $14 THEN previous_secret_expires_at END
+    WHERE account_id = $1 AND public_id = $2 AND version = $15
+    RETURNING *
+)
+SELECT e.*, h.failing_since, h.last_error FROM changed e LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = e.id;
+
+-- name: pause
+WITH changed AS (
+    UPDATE dispatcher.endpoint SET status = 'paused', updated_at = now(), version = version + 1
+    WHERE account_id = $1 AND public_id = $2 AND version = $3 AND status = 'active'
+    RETURNING *
+)
+SELECT e.*, h.failing_since, h.last_error FROM changed e LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = e.id;
+
+-- name: resume
+-- Who re-activates a disabled webhook has mended it: the days of failures begin anew.
+WITH changed AS (
+    UPDATE dispatcher.endpoint SET status = 'active', disabled_reason = NULL, updated_at = now(), version = version + 1
+    WHERE account_id = $1 AND public_id = $2 AND version = $3 AND status IN ('paused', 'disabled')
+    RETURNING *
+), forgotten AS (
+    DELETE FROM dispatcher.endpoint_health h USING changed e WHERE h.endpoint_id = e.id
+)
+SELECT e.*, NULL::timestamptz AS failing_since, NULL::text AS last_error FROM changed e;
 
 -- name: delete
-DELETE FROM dispatcher.endpoint WHERE account_id = $1 AND public_id = $2 RETURNING id;
-
--- name: counts
-SELECT status, count(*) FROM dispatcher.endpoint GROUP BY status;
+DELETE FROM dispatcher.endpoint WHERE account_id = $1 AND public_id = $2 AND version = $3 RETURNING id;

@@ -12,17 +12,26 @@ UPDATE dispatcher.shard SET epoch = epoch + 1 WHERE id = $1 RETURNING epoch;
 SELECT epoch, batch, prev, prev_at, cur, at_xid, at_seq, system FROM dispatcher.shard WHERE id = $1;
 
 -- name: anchor
--- Transaction ids of this cluster begin anew: everything visible now counts as read but what `reread` finds by time.
+-- Transaction ids mean those of cluster $3 from here on; with $4, everything visible in it counts as read.
 UPDATE dispatcher.shard SET system = $3, prev = coalesce($4::pg_snapshot, prev), prev_at = coalesce($5, prev_at),
        cur = CASE WHEN $4::pg_snapshot IS NULL THEN cur END, at_xid = CASE WHEN $4::pg_snapshot IS NULL THEN at_xid ELSE '0' END,
        at_seq = CASE WHEN $4::pg_snapshot IS NULL THEN at_seq ELSE 0 END
 WHERE id = $1 AND epoch = $2;
+
+-- name: naturalize
+-- After a restore: every webhook is older than any event to come.
+UPDATE dispatcher.endpoint SET created_snapshot = '1:1:';
 
 -- name: fall_asleep
 SELECT pg_try_advisory_lock_shared(1953656688, 0);
 
 -- name: wake_up
 SELECT pg_advisory_unlock_shared(1953656688, 0);
+
+-- name: gauges
+-- What the metrics show of the tables, each from the end of an index: the newest sequence number, the oldest pending event.
+SELECT (SELECT last_value FROM dispatcher.outbox_seq) AS newest_seq,
+       (SELECT event_at FROM dispatcher.pending ORDER BY event_seq LIMIT 1) AS oldest_pending_at;
 
 -- name: own_xid
 SELECT pg_current_xact_id();

@@ -218,6 +218,7 @@ CREATE TABLE dispatcher.pending (
     PRIMARY KEY (endpoint_id, event_seq, generation)
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000);
 CREATE INDEX pending_by_due ON dispatcher.pending (shard, due_at) WHERE due_at < 'infinity';
+CREATE INDEX pending_by_event ON dispatcher.pending (event_seq);  -- the oldest first
 CREATE INDEX pending_held ON dispatcher.pending (endpoint_id, event_seq, generation) WHERE due_at = 'infinity';
 
 -- Events no body can be made of, with the reason their owner reads.

@@ -1,0 +1,394 @@
+"""The engine: everything that moves, put together, started, taken over, reconnected and drained.
+
+**Sessions.** A session is a lease and four connections: listener (lease, NOTIFY, heartbeat), reader, writer, retries. Whatever breaks one of them ends the
+session and nothing else: lanes, requests in flight and the ledger live on outside it. The next session finds its epoch unchanged and resumes: it
+settles the batch in doubt, writes pending rows for what is in flight, forgets what is merely queued, and reads again from the persisted cursor. (Reading
+on from memory would be wrong: a server that crashed may hand out again transaction ids whose rows it lost.) If the epoch has moved, somebody else owns
+the shard, and memory is dropped.
+
+**Stopping.** No new attempts; what is in flight may finish within `drain_s`; the rest is released, not counted, and everything is settled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import structlog
+
+from dispatcher.core.addresses import Guard
+from dispatcher.core.backoff import reconnect_delay_s
+from dispatcher.core.ids import DeliveryIds
+from dispatcher.core.lanes import Lanes
+from dispatcher.core.routing import Registry
+from dispatcher.engine.deliverer import Deliverer, Delivery
+from dispatcher.engine.leases import Instance, Listener
+from dispatcher.engine.ledger import Ledger
+from dispatcher.engine.outbox import OutboxReader
+from dispatcher.engine.retries import Retries
+from dispatcher.engine.transport import Transport
+from dispatcher.errors import DatabaseUnreachable, Fenced
+from dispatcher.model import EndpointStatus
+from dispatcher.store.database import TROUBLE, check_schema, connect, statements
+from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
+from dispatcher.store.outbox import CLOCK_SLACK
+from dispatcher.store.pending import PendingStore
+from dispatcher.store.retention import Retention
+from dispatcher.store.shard import ShardState, ShardStore
+from dispatcher.store.vault import Vault
+from dispatcher.telemetry import NO_ENDPOINTS, Snapshot, Telemetry, TroubledEndpoint
+
+SHARD: Final = 0
+BUFFERED_MAX: Final = 10_000  # outcomes waiting for PostgreSQL: 4 MB, and the most a crash then sends twice
+RETRIES_SHARE: Final = 4  # retries may fill a quarter of the queues
+UPKEEP_S: Final = 0.25
+STRAGGLER_S: Final = 2.0  # in flight longer than this after it was read: insured, so that it does not hold the cursor
+SLOW_QUEUE_S: Final = 10.0
+GRACE_S: Final = 10.0  # behind a straggler's deadline
+SWEEP_S: Final = 30.0
+RETENTION_S: Final = 600.0
+WORST: Final = 10
+
+log = structlog.get_logger("dispatcher.engine")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What the engine must be told; from the configuration."""
+
+    dsn: str
+    listen_dsn: str
+    defaults: EndpointDefaults
+    jitter: float = 0.1
+    max_in_flight: int = 2000
+    max_queued: int = 20_000
+    drain_s: float = 30.0
+    synchronous_commit: bool = True
+    user_agent: str = "TrackPost-Webhooks/1.0"
+    header_prefix: str = "X-Trackpost-"
+    events_kept_s: float = 30 * 86400.0
+    attempts_kept_s: float = 30 * 86400.0
+
+
+class Engine:
+    """One shard's engine. `run` returns after `stop`, and survives everything else but a bug."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        transport: Transport,
+        guard: Guard,
+        vault: Vault,
+        ids: DeliveryIds,
+        wall: Callable[[], float] = time.time,
+        dice: random.Random | None = None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.settings = settings
+        self.role = "standby"
+        self.database = False
+        self._loop = loop
+        self._wall = wall
+        self._dice = dice or random.Random()  # noqa: S311  spreads load, guards nothing
+        self._transport = transport
+        self._vault = vault
+        self._stopping = asyncio.Event()
+        self._epoch = 0
+        self._reader: OutboxReader | None = None
+        self._retries: Retries | None = None
+        self._oldest_pending_at: datetime | None = None
+        self._newest_seq = 0
+        self._statuses = NO_ENDPOINTS
+        self.telemetry = Telemetry()
+        lanes: Lanes[Delivery] = Lanes(
+            queued_max=settings.max_queued,
+            lane_queued_max=settings.max_queued,
+            retries_queued_max=settings.max_queued // RETRIES_SHARE,
+            in_flight_max=settings.max_in_flight,
+        )
+        self.ledger = Ledger(self.telemetry, loop, buffered_max=BUFFERED_MAX)
+        self.deliverer = Deliverer(
+            lanes=lanes,
+            ledger=self.ledger,
+            transport=transport,
+            guard=guard,
+            telemetry=self.telemetry,
+            ids=ids,
+            loop=loop,
+            jitter=settings.jitter,
+            user_agent=settings.user_agent,
+            header_prefix=settings.header_prefix,
+            wall=wall,
+            dice=self._dice,
+        )
+        self.instance = Instance(self.snapshot)
+
+    # ── life ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def stop(self) -> None:
+        """Drain and end. Idempotent."""
+        self._stopping.set()
+        if self._reader is not None:
+            self._reader.stop()
+
+    async def run(self) -> None:
+        """Run sessions until stopped."""
+        failures = 0
+        while not self._stopping.is_set():
+            began = self._loop.time()
+            try:
+                await self._unless_stopped(self._session())
+            except* Fenced as group:
+                self._lose(group.exceptions[0])
+            except* (DatabaseUnreachable, *TROUBLE) as group:
+                failures = 1 if self._loop.time() - began > 60 else failures + 1
+                await self._mourn(group, failures)
+        await self._transport.close()
+
+    async def _unless_stopped(self, session: Any) -> None:
+        """Run a session; a stop before it is under way ends it, after that it drains by itself."""
+        task = asyncio.create_task(session, name="engine session")
+        stop = asyncio.create_task(self._stopping.wait(), name="engine stop")
+        try:
+            await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and self.role == "standby":
+                task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                if not self._stopping.is_set():
+                    raise
+        finally:
+            stop.cancel()
+
+    async def _mourn(self, group: BaseExceptionGroup[BaseException], failures: int) -> None:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        self.database = False
+        self.role = "standby"
+        delay_s = reconnect_delay_s(failures, self._dice.random())
+        reason = str(error).strip() or type(error).__name__
+        log.warning("database.lost", reason=reason.splitlines()[0], retry_in_s=round(delay_s, 2), failures=failures)
+        try:
+            async with asyncio.timeout(delay_s):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+    def _lose(self, error: BaseException) -> None:
+        log.warning("lease.lost", reason=str(error))
+        self.role = "standby"
+        self._epoch = 0
+        self.deliverer.forget_all()
+        self.ledger.abandon()
+
+    # ── one session ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _session(self) -> None:
+        settings = self.settings
+        listener = Listener(settings.listen_dsn, SHARD, self.instance, self.telemetry, self._dice)
+        connections: list[Any] = []
+        orderly = False
+        try:
+            await listener.open()
+            await check_schema(listener.connection)
+            self.database = True
+            await listener.acquire(self._stand_by)
+            commit = {"synchronous_commit": "on" if settings.synchronous_commit else "off"}
+            for name, extra in (("reader", {}), ("writer", commit), ("retries", {}), ("upkeep", {})):
+                connections.append(await connect(settings.dsn, name=f"dispatcher {name}", engine=True, settings=extra))
+            await self._work(listener, *connections)
+            orderly = True
+        finally:
+            self.deliverer.running = False
+            self.ledger.cursor = lambda: None
+            for connection in connections:
+                connection.terminate()
+            await listener.close(leave=orderly)
+
+    def _stand_by(self) -> None:
+        self.role = "standby"
+        log.info("standby", waits_for="the lease of another daemon on this database")
+
+    async def _work(self, listener: Listener, reading: Any, writing: Any, retrying: Any, upkeep: Any) -> None:
+        shard = ShardStore(writing, SHARD)
+        endpoints = EndpointStore(writing, self._vault)
+        registry_lock = asyncio.Lock()
+        registry_store = EndpointStore(upkeep, self._vault)
+
+        async def load_registry() -> Registry:
+            async with registry_lock:
+                found, version = await registry_store.registry(self.settings.defaults)
+            self._statuses = {s.value: 0 for s in EndpointStatus}
+            for endpoint in found:
+                self._statuses[endpoint.status.value] += 1
+            return Registry(found, version)
+
+        reader = OutboxReader(
+            reading,
+            deliverer=self.deliverer,
+            ledger=self.ledger,
+            telemetry=self.telemetry,
+            load_registry=load_registry,
+            dice=self._dice,
+        )
+        retries = Retries(
+            PendingStore(retrying, SHARD),
+            deliverer=self.deliverer,
+            ledger=self.ledger,
+            telemetry=self.telemetry,
+            registry=lambda: reader.registry,
+            wall=self._wall,
+        )
+        self.deliverer.on_hungry = retries.hungry
+        self.deliverer.on_dismissed = retries.orphaned
+        self.ledger.on_commit = retries.committed
+        state = await self._take_over(shard, endpoints, reader)
+        await retries.start()
+        self.ledger.cursor = reader.cursor
+        self._reader, self._retries = reader, retries
+        registry_changed = asyncio.Event()
+        listener.on_wake = lambda: (reader.notified.set(), registry_changed.set())  # type: ignore[assignment, func-returns-value]
+        self.role = "active"
+        self.deliverer.running = True
+        log.info("active", epoch=self._epoch, endpoints=len(reader.registry))
+        if self._stopping.is_set():
+            reader.stop()
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(reader.run(state.cursor, recovering=True), name="outbox reader"),
+                group.create_task(self.ledger.run(shard, endpoints, self._epoch), name="ledger"),
+                group.create_task(retries.run(), name="retries"),
+                group.create_task(retries.run_backlogs(), name="backlogs"),
+                group.create_task(listener.run(), name="listener"),
+                group.create_task(self._upkeep(upkeep, registry_lock, reader), name="upkeep"),
+            ]
+            await self._stopping.wait()
+            await self._drain(tasks[0])
+            for task in tasks:
+                task.cancel()
+        await self.ledger.flush(shard, endpoints, self._epoch)
+        self.role = "standby"
+
+    async def _take_over(self, shard: ShardStore, endpoints: EndpointStore, reader: OutboxReader) -> ShardState:
+        state = await shard.state()
+        if self._epoch and state.epoch == self._epoch:
+            await reader.reload()
+            await self.ledger.resume(shard, endpoints, self._epoch, state.batch)
+            self.deliverer.drop_queued()
+            self.deliverer.insure(float("inf"), queued_before=float("-inf"), due_s=GRACE_S)
+            await self.ledger.flush(shard, endpoints, self._epoch)
+        else:
+            if self._epoch:
+                self._lose(Fenced("another daemon had the shard meanwhile"))
+            self._epoch = await shard.take_over()
+            await self.ledger.resume(shard, endpoints, self._epoch, state.batch)
+            self.ledger.load_health(await endpoints.health())
+            await reader.reload()
+        system = await shard.system()
+        if state.system not in ("", system):
+            await self._naturalize(shard, endpoints, reader, system)
+        elif not state.system:
+            await shard.anchor(self._epoch, system)
+        return await shard.state()
+
+    async def _naturalize(self, shard: ShardStore, endpoints: EndpointStore, reader: OutboxReader, system: str) -> None:
+        """The database was restored into another cluster: read by the clock once, then by its own transaction ids."""
+        state = await shard.state()
+        log.warning("restored", was=state.system, now=system)
+        cursor = await reader.reread(state.cursor.prev_at - CLOCK_SLACK)
+        await self.ledger.flush(shard, endpoints, self._epoch)
+        await shard.naturalize()
+        await reader.reload()
+        await shard.anchor(self._epoch, system, cursor.prev, cursor.prev_at)
+
+    async def _drain(self, reading: asyncio.Task[None]) -> None:
+        deliverer = self.deliverer
+        log.info("draining", in_flight=len(deliverer.in_flight), drain_s=self.settings.drain_s)
+        assert self._reader is not None
+        self._reader.stop()
+        deliverer.running = False
+        reading.cancel()
+        if not await deliverer.drained(self.settings.drain_s):
+            log.warning("drain.cut_short", in_flight=len(deliverer.in_flight))
+        await self._transport.close()
+
+    # ── upkeep ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _upkeep(self, connection: Any, lock: asyncio.Lock, reader: OutboxReader) -> None:
+        retention = Retention(connection, self.settings.events_kept_s, self.settings.attempts_kept_s)
+        retention_at = sweep_at = 0.0
+        version_at = 0.0
+        while True:
+            before = self._loop.time()
+            await asyncio.sleep(UPKEEP_S)
+            now = self._loop.time()
+            self.telemetry.loop_lag_s = max(0.0, now - before - UPKEEP_S)
+            self.deliverer.insure(now - STRAGGLER_S, queued_before=now - SLOW_QUEUE_S, due_s=GRACE_S)
+            if now >= version_at:
+                version_at = now + 1.0
+                async with lock:
+                    row = await connection.fetchrow(statements("shard")["gauges"])
+                self._newest_seq, self._oldest_pending_at = row
+            if now >= sweep_at:
+                sweep_at = now + SWEEP_S
+                self.deliverer.sweep()
+            if now >= retention_at:
+                retention_at = now + RETENTION_S
+                async with lock:
+                    await retention.run()
+
+    # ── seen from outside ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def snapshot(self) -> Snapshot:
+        """The engine at this moment. Touches no table."""
+        t, deliverer, reader, retries = self.telemetry, self.deliverer, self._reader, self._retries
+        lanes, now = deliverer.lanes, self._loop.time()
+        wall = datetime.fromtimestamp(self._wall(), UTC)
+        active = self.role == "active" and reader is not None and retries is not None
+        behind = reader.read_to if active and reader else None
+        oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
+        return Snapshot(
+            role=self.role,
+            database=self.database,
+            progress_age_s=max(0.0, now - min(reader.progress_at, retries.progress_at)) if active and reader and retries else 0.0,
+            at_unix_s=self._wall(),
+            events=t.events,
+            deliveries=dict(t.deliveries),
+            attempts={result.value: n for result, n in t.attempts.items()},
+            released=t.released,
+            attempt_duration=t.attempt_duration.data(),
+            delivery_latency=t.delivery_latency.data(),
+            settle_batch_size=t.settle_batch_size.data(),
+            database_operations={name: h.data() for name, h in t.database.items()},
+            outbox_lag_s=max(0.0, (wall - behind).total_seconds()) if behind else 0.0,
+            outbox_backlog=max(0, self._newest_seq - reader.read_seq) if behind and reader else 0,
+            in_flight=len(deliverer.in_flight),
+            queued=lanes.queued,
+            buffered=self.ledger.buffered,
+            retries_waiting=retries.waiting if retries else 0,
+            oldest_pending_s=max(0.0, (wall - min(oldest)).total_seconds()) if oldest else 0.0,
+            endpoints=dict(self._statuses),
+            lanes={health.value: n for health, n in lanes.healths.items()},
+            connections=self._transport.count_connections(),
+            event_loop_lag_s=t.loop_lag_s,
+            worst=[
+                TroubledEndpoint(
+                    s.endpoint.public_id,
+                    s.lane.window.health.value,
+                    len(s.lane.todo),
+                    s.lane.busy,
+                    s.lane.window.size,
+                    s.backlog,
+                    s.error,
+                )
+                for s in deliverer.troubled(WORST)
+            ],
+        )

@@ -1,0 +1,93 @@
+"""Partitions made ahead, old days dropped: retention without a DELETE where it matters.
+
+An old day is emptied by TRUNCATE, which locks that day alone, and then detached and dropped. Detaching needs the parent for a moment (the
+CONCURRENTLY form is refused beside a DEFAULT partition, and without one producers would fail when nobody makes partitions), so it gives up
+within 50 ms and comes back later: an empty day costs nothing meanwhile, and no INSERT waits longer. Days are kept as long as a shard's cursor or a pending row needs them, whatever the configuration says. What fell into a
+DEFAULT partition (the daemon was away for more than a week), and the small tables, are deleted in bounded steps.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import asyncpg
+import structlog
+
+from dispatcher.store.database import statements
+
+DAYS_AHEAD: Final = 7
+STEP_ROWS: Final = 5000
+STEPS_MAX: Final = 20  # per table and run
+LOCK_TIMEOUT: Final = "500ms"  # DDL that cannot have its lock soon lets go and comes back: others queue behind a waiting one
+DETACH_TIMEOUT: Final = "50ms"  # every INSERT of every producer queues behind this one
+
+log = structlog.get_logger("dispatcher.retention")
+
+
+class Retention:
+    """Keeps partitions ahead and drops what is old. `run` is safe to call at any time, also from two daemons at once."""
+
+    def __init__(self, connection: Any, events_kept_s: float, attempts_kept_s: float) -> None:
+        self._connection = connection
+        self._kept = {"outbox": timedelta(seconds=events_kept_s), "attempt": timedelta(seconds=attempts_kept_s)}
+        self._sql = statements("retention")
+
+    async def run(self) -> list[str]:
+        """Make and drop partitions; return the names of those dropped."""
+        await self._connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+        try:
+            dropped: list[str] = []
+            for table in self._kept:
+                await self._make_ahead(table)
+                dropped += await self._drop_old(table)
+            await self._prune_rows()
+            return dropped
+        finally:
+            await self._connection.execute("RESET lock_timeout")
+
+    async def _make_ahead(self, table: str) -> None:
+        try:
+            made = await self._connection.fetchval(self._sql["make_partitions"], table, DAYS_AHEAD)
+        except (asyncpg.LockNotAvailableError, asyncpg.DuplicateTableError, asyncpg.DeadlockDetectedError) as error:
+            log.info("partitions.later", table=table, reason=str(error))
+            return
+        if made:
+            log.info("partitions.made", table=table, count=made)
+
+    async def _drop_old(self, table: str) -> list[str]:
+        limit = datetime.now(UTC) - self._kept[table]
+        if table == "outbox":
+            needed = await self._connection.fetchval(self._sql["needed_from"])
+            limit = min(limit, needed - timedelta(days=1)) if needed else limit
+        dropped = []
+        for name, day in await self._connection.fetch(self._sql["partitions"], table):
+            if datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(days=1) > limit:
+                continue
+            try:
+                await self._connection.execute(f'TRUNCATE dispatcher."{name}"')
+                await self._connection.execute(f"SET lock_timeout = '{DETACH_TIMEOUT}'")
+                await self._connection.execute(f'ALTER TABLE dispatcher.{table} DETACH PARTITION dispatcher."{name}"')
+                await self._connection.execute(f'DROP TABLE dispatcher."{name}"')
+            except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError, asyncpg.UndefinedTableError) as error:
+                log.info("partition.later", name=name, reason=str(error))
+                continue
+            finally:
+                await self._connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+            dropped.append(name)
+            log.info("partition.dropped", name=name)
+        return dropped
+
+    async def _prune_rows(self) -> None:
+        now = datetime.now(UTC)
+        outbox, attempt = now - self._kept["outbox"], now - self._kept["attempt"]
+        for name, arguments in (
+            ("prune_default_outbox", (outbox,)),
+            ("prune_default_attempt", (attempt,)),
+            ("prune_idempotency", ()),
+            ("prune_discarded", (outbox,)),
+        ):
+            for _ in range(STEPS_MAX):
+                status = await self._connection.execute(self._sql[name], *arguments, STEP_ROWS)
+                if int(status.split()[-1]) < STEP_ROWS:
+                    break
