@@ -93,6 +93,7 @@ class Engine:
         self.settings = settings
         self.role = "standby"
         self.database = False
+        self.settled = False  # active, or standing by for another daemon, at least once
         self._loop = loop
         self._wall = wall
         self._dice = dice or random.Random()  # noqa: S311  spreads load, guards nothing
@@ -215,6 +216,7 @@ class Engine:
 
     def _stand_by(self) -> None:
         self.role = "standby"
+        self.settled = True
         log.info("standby", waits_for="the lease of another daemon on this database")
 
     async def _work(self, listener: Listener, reading: Any, writing: Any, retrying: Any, upkeep: Any) -> None:
@@ -257,6 +259,7 @@ class Engine:
         registry_changed = asyncio.Event()
         listener.on_wake = lambda: (reader.notified.set(), registry_changed.set())  # type: ignore[assignment, func-returns-value]
         self.role = "active"
+        self.settled = True
         self.deliverer.running = True
         log.info("active", epoch=self._epoch, endpoints=len(reader.registry))
         if self._stopping.is_set():

@@ -304,7 +304,7 @@ class Connection(asyncio.Protocol):
         if self._complete:
             return
         status = self._parser.get_status_code()  # type: ignore[union-attr]
-        if status < 200:
+        if status < 200 and status != 101:  # which would be final, had anybody asked for another protocol
             self._interims += 1
         else:
             self._status = status
@@ -318,7 +318,7 @@ class Connection(asyncio.Protocol):
         raw = self._raw
         status = self._status
         end = raw.find(_END)
-        if 0 < end <= HEAD_KEPT_BYTES and not self._interims and status < 600 and raw.startswith(b"HTTP/1."):
+        if 0 < end <= HEAD_KEPT_BYTES and not self._interims and 200 <= status < 600 and raw.startswith(b"HTTP/1."):
             head = raw[:end]
         else:
             head = self._head()
@@ -326,14 +326,15 @@ class Connection(asyncio.Protocol):
             if flaw is not None:
                 self._break(request, Result.PROTOCOL, flaw)
                 return
+            head = head[:HEAD_KEPT_BYTES]
         origin = self._origin
         now = origin.time()
         result = _RESULTS[status]
         attempt = Attempt(
             result,
             status=status,
-            retry_after=None if result is Result.OK else _field(head, b"retry-after"),
-            head=head[:HEAD_KEPT_BYTES],
+            retry_after=None if result is Result.OK else _field(self._head(), b"retry-after"),
+            head=head,
             body=self._body,
             sent_at=self._sent_at,
             duration_s=now - request.submitted_at,
@@ -396,8 +397,8 @@ class Connection(asyncio.Protocol):
         """What is wrong with a complete head that the parser let pass."""
         if not head.startswith(b"HTTP/1."):
             return "not HTTP/1.1: another protocol or version"
-        if self._status >= 600:
-            return f"not HTTP/1.1: status {self._status}"
+        if not 200 <= self._status < 600:
+            return f"not HTTP/1.1: {self._status} as the final status"
         if self._interims > INTERIMS_MAX:
             return f"more than {INTERIMS_MAX} interim responses"
         settings = self._origin.client.settings

@@ -100,11 +100,10 @@ class EventStore:
         rows = await self._db.fetch(self._sql[statement], account, start, limit + 1, look, type, DATA_BYTES_MAX)
         looked, looked_to = rows[0]["looked"], rows[0]["looked_to"]
         events = [_record(row) for row in rows if row["id"] is not None]
+        reached: str | None = looked_to if looked == look else None
         if len(events) > limit:
             events = events[:limit]
             reached = events[-1].id
-        else:
-            reached = looked_to if looked == look else None
         return EventPage(events if before is None else events[::-1], reached)
 
 

@@ -77,7 +77,7 @@ def not_found(what: str) -> Problem:
 
 
 def unavailable(retry_after_s: int) -> Problem:
-    """503: the database is away or overloaded; nothing was done."""
+    """503: the database is away or overloaded."""
     return Problem(
         503,
         "unavailable",

@@ -51,3 +51,11 @@ DELETE FROM dispatcher.instance WHERE heartbeat_at < now() - interval '1 day' OR
 -- name: instances
 SELECT id, host, pid, role, version, started_at, heartbeat_at, snapshot FROM dispatcher.instance
 WHERE heartbeat_at > now() - interval '5 seconds' ORDER BY started_at;
+
+-- name: settings
+SELECT key, value FROM dispatcher.setting;
+
+-- name: claim_key
+-- The first daemon's key is the database's; whoever comes later learns which.
+INSERT INTO dispatcher.setting (key, value) VALUES ('key_fingerprint', $1)
+ON CONFLICT (key) DO UPDATE SET value = setting.value RETURNING value;

@@ -1,0 +1,336 @@
+"""The composition root: configuration in, a running daemon out.
+
+Everything is made here and handed to whoever needs it; nobody below makes its own. Signals end here too: SIGTERM and SIGINT
+drain, a second one exits at once, SIGHUP reloads what can be reloaded and says what cannot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import os
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from dispatcher import systemd
+from dispatcher.config import Config, load
+from dispatcher.core.addresses import Guard
+from dispatcher.core.backoff import PRESETS
+from dispatcher.core.catalogue import Catalogue
+from dispatcher.core.ids import DeliveryIds
+from dispatcher.embedded import EmbeddedPostgres
+from dispatcher.engine.engine import Engine, EngineSettings
+from dispatcher.engine.transport import Transport, TransportSettings
+from dispatcher.errors import ConfigurationError, DatabaseUnreachable, DispatcherError
+from dispatcher.logs import start_logging
+from dispatcher.store.accounts import AccountStore
+from dispatcher.store.database import check_schema, connect, migrate, open_pool, place, statements
+from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
+from dispatcher.store.events import EventStore
+from dispatcher.store.vault import Vault, new_key
+from dispatcher.web.server import Web, build_api_app, build_metrics_app, serve
+
+EMBEDDED_DIRECTORY: Final = "postgres"
+KEY_FILE: Final = "secret.key"
+FILES_PER_REQUEST: Final = 2  # in flight and idle connections; the rest is small change
+WAIT_S: Final = 1.0
+READY_POLL_S: Final = 0.05
+EXIT_NOW: Final = 130  # a second signal: at once, as a shell would report it
+
+log = structlog.get_logger("dispatcher.daemon")
+
+
+# ── database ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.asynccontextmanager
+async def database(config: Config, *, ephemeral: bool = False) -> AsyncIterator[Config]:
+    """The configuration with a DSN in it: the one configured, or that of the embedded PostgreSQL, started or joined meanwhile.
+
+    The embedded one's schema is brought up as well: nobody else could. Raises EmbeddedError.
+    """
+    if config.database.dsn:
+        yield config
+        return
+    directory = Path(config.state.directory) / EMBEDDED_DIRECTORY
+    binaries = Path(config.embedded.bin) if config.embedded.bin else None
+    async with EmbeddedPostgres(directory, binaries, ephemeral=ephemeral) as server:
+        await migrate(server.dsn)
+        keeper = asyncio.create_task(server.keep(), name="embedded PostgreSQL")
+        try:
+            yield config.with_dsn(server.dsn)
+        finally:
+            keeper.cancel()
+
+
+async def _reach(config: Config, *, wait: bool) -> dict[str, str]:
+    """Check that the database is there and its schema ours; return its settings. Raises what is wrong."""
+    while True:
+        try:
+            connection = await connect(config.database.dsn, name="dispatcher start")
+        except DatabaseUnreachable as error:
+            if not wait:
+                raise
+            log.warning("database.waiting", reason=str(error))
+            await asyncio.sleep(WAIT_S)
+            continue
+        try:
+            await check_schema(connection)
+            rows = await connection.fetch(statements("shard")["settings"])
+            return {row["key"]: row["value"] for row in rows}
+        finally:
+            await connection.close(timeout=5)
+
+
+# ── secrets ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def open_vault(config: Config) -> Vault:
+    """The vault with the configured key; a key is made at the first start. Raises ConfigurationError."""
+    path = Path(config.secrets.key_file)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with contextlib.suppress(FileExistsError):
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(new_key().hex() + "\n")
+        text = path.read_text(encoding="ascii").strip()
+        return Vault(bytes.fromhex(text))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError([f"[secrets] key_file = {str(path)!r}: 64 hexadecimal digits expected: {error}"]) from error
+
+
+async def _agree_on_key(config: Config, vault: Vault, known: str | None) -> None:
+    """Refuse a key other than the one this database's secrets are sealed with; the first daemon's becomes it."""
+    if known is None:
+        connection = await connect(config.database.dsn, name="dispatcher start")
+        try:
+            known = await connection.fetchval(statements("shard")["claim_key"], vault.fingerprint)
+        finally:
+            await connection.close(timeout=5)
+    if known != vault.fingerprint:
+        raise ConfigurationError(
+            [
+                f"[secrets] key_file = {config.secrets.key_file!r}: the secrets in this database were sealed with another key "
+                f"(fingerprint {known}, this one is {vault.fingerprint}); copy that key file here"
+            ]
+        )
+
+
+# ── the daemon ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(slots=True)
+class Daemon:
+    """A running daemon, as whoever started it sees it."""
+
+    config: Config
+    engine: Engine
+    pool: Any
+    accounts: AccountStore
+    url: str  # of API and dashboard
+
+    def stop(self) -> None:
+        """Drain and end."""
+        self.engine.stop()
+
+
+def catalogue_of(config: Config) -> Catalogue:
+    """The built-in event types and the operator's own."""
+    return Catalogue.builtin().with_files({path: Path(path).read_text(encoding="utf-8") for path in config.events.catalogue})
+
+
+def _engine_settings(config: Config) -> EngineSettings:
+    return EngineSettings(
+        dsn=config.database.dsn,
+        listen_dsn=config.database.listen_dsn,
+        defaults=_defaults(config),
+        jitter=config.retry.jitter,
+        max_in_flight=config.delivery.max_in_flight,
+        max_queued=config.delivery.max_queued,
+        drain_s=config.delivery.drain_s,
+        synchronous_commit=config.delivery.synchronous_commit,
+        user_agent=config.brand.user_agent,
+        header_prefix=config.brand.header_prefix,
+        events_kept_s=config.retention.events_s,
+        attempts_kept_s=config.retention.attempts_s,
+    )
+
+
+def _defaults(config: Config) -> EndpointDefaults:
+    schedule_s = config.retry.schedule_s
+    return EndpointDefaults(
+        schedule_s=schedule_s,
+        schedules={**PRESETS, "default": schedule_s},
+        max_concurrency=config.delivery.max_concurrency,
+        timeout_s=config.delivery.timeout_s,
+    )
+
+
+def tune() -> None:
+    """Settings of this process that were measured to matter."""
+    # glibc maps and unmaps each of the loop's 256 KiB read buffers until a larger block was freed once: 50 → 21 µs a read.
+    del (block := bytearray(16 << 20))  # noqa: F841
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays: no collection needs to look at it again
+    gc.set_threshold(50_000, 50, 100)
+
+
+def raise_file_limit(config: Config) -> None:
+    """Every connection is a descriptor: take what the system lets us have, and say when it is too little."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = config.delivery.max_in_flight * FILES_PER_REQUEST + 256
+    if soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        log.warning("files.few", limit=soft, wanted=wanted, remedy="LimitNOFILE= in the unit, or a lower [delivery] max_in_flight")
+
+
+async def run(
+    config: Config,
+    *,
+    wait: bool = False,
+    reload: Callable[[], Config] | None = None,
+    on_ready: Callable[[Daemon], None] | None = None,
+    signals: bool = True,
+) -> None:
+    """Run until stopped by a signal or `Daemon.stop`. `config` has a DSN (see `database`).
+
+    `wait` keeps trying while PostgreSQL is away at the start. `reload` gives the configuration anew at SIGHUP. `on_ready` is called once events
+    are being delivered, or another daemon does that and this one stands by. Raises ConfigurationError, SchemaMismatch, DatabaseUnreachable.
+    """
+    settings = await _reach(config, wait=wait)
+    vault = open_vault(config)
+    await _agree_on_key(config, vault, settings.get("key_fingerprint"))
+    raise_file_limit(config)
+    guard = Guard(config.network.allow, config.network.allow_http)
+    transport = Transport(
+        settings=TransportSettings(
+            ca_file=config.network.ca_file or None,
+            proxy=config.network.proxy or None,
+            source_address=config.network.source_address or None,
+        ),
+        guard=guard,
+    )
+    engine = Engine(
+        _engine_settings(config),
+        transport=transport,
+        guard=guard,
+        vault=vault,
+        ids=DeliveryIds(bytes.fromhex(settings["delivery_id_key"])),
+    )
+    pool = await open_pool(config.database.dsn, size=config.database.pool_size)
+    accounts = AccountStore(pool, config.brand.key_prefix)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(pool.close)
+        web = Web(
+            endpoints=EndpointStore(pool, vault),
+            accounts=accounts,
+            events=EventStore(pool),
+            guard=guard,
+            catalogue=catalogue_of(config),
+            defaults=_defaults(config),
+            snapshot=engine.snapshot,
+            header_prefix=config.brand.header_prefix,
+        )
+        api = await serve(build_api_app(web), config.server.listen, key="[server] listen")
+        stack.push_async_callback(api.cleanup)
+        if config.metrics.listen:
+            metrics = await serve(build_metrics_app(engine.snapshot), config.metrics.listen, key="[metrics] listen")
+            stack.push_async_callback(metrics.cleanup)
+        daemon = Daemon(config, engine, pool, accounts, f"http://{_shown(api, config)}")
+        if signals:
+            stack.callback(_handle_signals(daemon, reload))
+        tune()
+        running = asyncio.create_task(engine.run(), name="engine")
+        announcing = asyncio.create_task(_announce(daemon, running, on_ready), name="announcer")
+        try:
+            await running
+        finally:
+            systemd.notify("STOPPING=1")
+            announcing.cancel()
+    log.info("stopped")
+
+
+def _shown(runner: Any, config: Config) -> str:
+    """Where the API really listens: port 0 asks the system for one."""
+    host, port = runner.addresses[0][:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _announce(daemon: Daemon, running: asyncio.Task[None], on_ready: Callable[[Daemon], None] | None) -> None:
+    """Say when we are ready, then what we do, and feed the watchdog as long as there is progress."""
+    engine = daemon.engine
+    while not engine.settled and not running.done():
+        await asyncio.sleep(READY_POLL_S)
+    log.info("ready", api=daemon.url, database=place(daemon.config.database.dsn), role=engine.role)
+    systemd.notify("READY=1", f"STATUS={engine.role}")
+    if on_ready is not None:
+        on_ready(daemon)
+    every = systemd.watchdog_s() or 5.0
+    while True:
+        await asyncio.sleep(min(every, 5.0))
+        s = engine.snapshot()
+        status = f"{s.role}: {s.queued} queued, {s.in_flight} in flight, {s.retries_waiting} retries, backlog {s.outbox_backlog}"
+        alive = ("WATCHDOG=1",) if s.progress_age_s < every else ()
+        systemd.notify(f"STATUS={status if s.database else 'database away: ' + status}", *alive)
+
+
+def _handle_signals(daemon: Daemon, reload: Callable[[], Config] | None) -> Callable[[], None]:
+    """Install the handlers; return what takes them away again."""
+    loop = asyncio.get_running_loop()
+    asked = False
+
+    def terminate() -> None:
+        nonlocal asked
+        if asked:
+            os._exit(EXIT_NOW)  # nothing is lost: what is not settled is still in the outbox or pending
+        asked = True
+        systemd.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((daemon.config.delivery.drain_s + 10) * 1e6)}")
+        daemon.stop()
+
+    def hang_up() -> None:
+        if reload is not None:
+            _reload(daemon, reload)
+
+    for number, handler in ((signal.SIGTERM, terminate), (signal.SIGINT, terminate), (signal.SIGHUP, hang_up)):
+        loop.add_signal_handler(number, handler)
+
+    def restore() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+
+    return restore
+
+
+def _reload(daemon: Daemon, read: Callable[[], Config]) -> None:
+    """Take over what can be changed while running, and say what cannot."""
+    systemd.reloading()
+    try:
+        fresh = read()
+        can, cannot = daemon.config.reloadable_differences(fresh)
+        daemon.config = daemon.config.with_reloadable_of(fresh)
+        start_logging(daemon.config.log)
+        daemon.engine.reconfigure(
+            _engine_settings(daemon.config), Guard(daemon.config.network.allow, daemon.config.network.allow_http)
+        )
+        log.info("reloaded", changed=can, needs_restart=cannot)
+    except DispatcherError as error:
+        log.error("reload.refused", reason=str(error))
+    systemd.notify("READY=1")
+
+
+def reader_of(path: Path | None) -> Callable[[], Config]:
+    """What `run` takes as `reload`: the same file and environment, read again."""
+    return lambda: load(path, os.environ)

@@ -1,0 +1,777 @@
+"""The client against scripted peers: bytes on a wire of our own for what a response may be, sockets for the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import gc
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvloop
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dispatcher.core.addresses import Guard, Target
+from dispatcher.engine import dialer
+from dispatcher.engine import transport as module
+from dispatcher.engine.dialer import DialFailed, Phase
+from dispatcher.engine.transport import Connection, Origin, Released, Transport, TransportSettings
+from dispatcher.model import Attempt, Result
+
+REQUEST = b"POST /hook HTTP/1.1\r\nHost: receiver.test\r\nContent-Length: 2\r\n\r\n{}"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+GUARD = Guard(allow=["127.0.0.0/8"], allow_http=True)
+TARGET = GUARD.check_url("http://127.0.0.1:9/hook")
+
+
+# Reading the system's trust store takes 20 ms, and many a test makes a transport.
+dialer._tls_context = functools.cache(dialer._tls_context)
+
+
+# A wire of our own: no sockets, and a clock that moves when told to.
+
+
+class StillLoop:
+    """The part of an event loop that the transport uses without dialling."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.soon: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.timers: list[StillTimer] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_soon(self, callback: Callable[..., Any], *args: Any) -> None:
+        self.soon.append((callback, args))
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> StillTimer:
+        self.timers.append(StillTimer(self.now + delay, callback))
+        return self.timers[-1]
+
+    def turn(self) -> None:
+        """Run what was scheduled for the next turn."""
+        soon, self.soon = self.soon, []
+        for callback, args in soon:
+            callback(*args)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, timers fire, and what they schedule run."""
+        end = self.now + seconds
+        while due := [timer for timer in self.timers if not timer.cancelled and timer.when <= end]:
+            timer = min(due, key=lambda timer: timer.when)
+            self.timers.remove(timer)
+            self.now = timer.when
+            timer.callback()
+            self.turn()
+        self.now = end
+
+
+class StillTimer:
+    def __init__(self, when: float, callback: Callable[[], None]) -> None:
+        self.when = when
+        self.callback = callback
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class StillPipe(asyncio.Transport):
+    """What a connection writes to; says whether and how it was closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+        self.unsent_bytes = 0
+        self.closed = self.aborted = False
+
+    def write(self, data: Any) -> None:
+        self.written.append(bytes(data))
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent_bytes
+
+    def is_closing(self) -> bool:
+        return self.closed or self.aborted
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Wire:
+    """One origin with one connection, and what its requests came to."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.loop = StillLoop()
+        self.transport = Transport(settings=TransportSettings(**settings), guard=GUARD, loop=self.loop)  # type: ignore[arg-type]
+        self.begun: list[Origin] = []  # a dial each; none ever ends
+        self.transport._begin_dial = self._begin_dial  # type: ignore[method-assign]
+        self.origin = self.transport.origin(TARGET)
+        self.came: list[tuple[Any, Attempt]] = []
+        self.pipe = StillPipe()
+        self.connection = self.open(self.origin, self.pipe)
+
+    def _begin_dial(self, origin: Origin) -> None:
+        dial = module.Dial(origin.waiting[len(origin.dials)].deadline)
+        dial.phase = Phase.CONNECT
+        origin.dials.append(dial)
+        self.transport._dials[dial] = origin
+        self.begun.append(origin)
+
+    def open(self, origin: Origin, pipe: StillPipe) -> Connection:
+        connection = Connection(origin)
+        connection.connection_made(pipe)
+        origin.welcome(connection)
+        self.transport._arm()
+        return connection
+
+    def submit(self, token: Any = None, timeout_s: float = 30.0) -> None:
+        self.origin.submit(REQUEST, timeout_s, self.done, token)
+
+    def done(self, token: Any, attempt: Attempt) -> None:
+        self.came.append((token, attempt))
+
+    def lose(self, exc: Exception | None = None) -> None:
+        self.connection.connection_lost(exc)
+        self.loop.turn()
+
+    def feed(self, *chunks: bytes) -> None:
+        for chunk in chunks:
+            if not self.pipe.is_closing():  # as event loops do
+                self.connection.data_received(chunk)
+        self.loop.turn()
+
+    def end(self) -> None:
+        """The peer closes."""
+        if not self.pipe.is_closing():
+            self.connection.eof_received()
+        self.lose()
+
+    @property
+    def attempt(self) -> Attempt:
+        """What the one request came to."""
+        assert len(self.came) == 1, self.came
+        return self.came[0][1]
+
+    @property
+    def is_reusable(self) -> bool:
+        return self.origin.idle == [self.connection]
+
+
+def answer(*chunks: bytes, **settings: Any) -> Wire:
+    """Send one request on a fresh connection and let the peer say `chunks`."""
+    wire = Wire(**settings)
+    wire.submit()
+    wire.feed(*chunks)
+    return wire
+
+
+def test_a_complete_response_is_an_attempt() -> None:
+    wire = Wire()
+    wire.submit("token", timeout_s=5.0)
+    wire.loop.now += 0.25
+    wire.feed(OK)
+    ((token, attempt),) = wire.came
+    assert token == "token"
+    assert (attempt.result, attempt.status, attempt.error, attempt.retry_after) == (Result.OK, 200, None, None)
+    assert (attempt.head, attempt.body) == (b"HTTP/1.1 200 OK\r\nContent-Length: 2", b"ok")
+    assert (attempt.sent_at, attempt.duration_s) == (1000.0, 0.25)
+    assert wire.pipe.written == [REQUEST]
+    assert wire.is_reusable
+    assert wire.transport.attempts == 1
+
+
+RESPONSES = [
+    (OK, 200, b"ok", True),
+    (b"HTTP/1.1 204 No Content\r\n\r\n", 204, b"", True),
+    (
+        b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: u\r\n\r\n",
+        200,
+        b"abcde",
+        True,
+    ),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 E\r\nLink: x\r\n\r\n" + OK, 200, b"ok", True),
+    (b"\r\n\r\n" + OK, 200, b"ok", True),
+    (b"HTTP/1.0 201 Made\r\nContent-Length: 1\r\n\r\nx", 201, b"x", False),
+    (b"HTTP/1.0 201 Made\r\nConnection: keep-alive\r\nContent-Length: 1\r\n\r\nx", 201, b"x", True),
+    (b"HTTP/1.1 500 No\r\nConnection: close\r\nContent-Length: 1\r\n\r\nx", 500, b"x", False),
+]
+
+
+@pytest.mark.parametrize(("response", "status", "body", "reusable"), RESPONSES)
+def test_a_response_means_the_same_wherever_it_is_split(
+    response: bytes, status: int, body: bytes, reusable: bool
+) -> None:
+    splits: list[list[bytes]] = [[response[:at], response[at:]] for at in range(len(response))]
+    splits.append([response[at : at + 1] for at in range(len(response))])
+    for chunks in splits:
+        wire = answer(*filter(None, chunks))
+        assert (wire.attempt.status, wire.attempt.body, wire.is_reusable) == (status, body, reusable)
+        assert wire.attempt.head.startswith(b"HTTP/1.")
+        assert b"%d" % status in wire.attempt.head[:12]
+        assert not wire.attempt.head.endswith(b"\r\n")
+
+
+def test_a_response_cut_off_anywhere_is_never_taken_for_complete() -> None:
+    head_bytes = len(OK) - 2
+    for cut in range(len(OK)):
+        wire = answer(*filter(None, [OK[:cut]]))
+        wire.end()
+        attempt = wire.attempt
+        if cut == 0:
+            assert (attempt.result, attempt.status) == (Result.CONNECT, 0)
+        else:
+            assert (attempt.result, attempt.status) == (Result.PROTOCOL, 200 if cut >= head_bytes else 0)
+        assert attempt.error is not None
+        assert "closed" in attempt.error
+
+
+def test_a_body_without_length_ends_with_the_connection() -> None:
+    for head in (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n"):
+        wire = answer(head, b"until ", b"the end")
+        assert wire.came == []
+        wire.end()
+        assert (wire.attempt.result, wire.attempt.body) == (Result.OK, b"until the end")
+        assert wire.origin.idle == []
+
+
+def test_a_body_without_length_cut_off_by_an_error_is_broken() -> None:
+    wire = answer(b"HTTP/1.1 200 OK\r\n\r\nhal")
+    wire.lose(ConnectionResetError())
+    assert (wire.attempt.result, wire.attempt.status) == (Result.PROTOCOL, 200)
+
+
+def test_chunks_that_end_early_are_broken_whatever_else_the_head_says() -> None:
+    wire = answer(b"HTTP/1.1 200 OK\r\nX-Note: \r\nTransfer-Encoding: gzip, chunked\r\n\r\n5\r\nab")
+    wire.end()
+    assert (wire.attempt.result, wire.attempt.status, wire.attempt.body) == (Result.PROTOCOL, 200, b"ab")
+
+
+@pytest.mark.parametrize(
+    ("status", "result"),
+    [
+        (200, Result.OK),
+        (299, Result.OK),
+        (302, Result.REDIRECT),
+        (410, Result.CLIENT_ERROR),
+        (503, Result.SERVER_ERROR),
+        (600, Result.PROTOCOL),
+        (999, Result.PROTOCOL),
+    ],
+)
+def test_the_status_class_is_the_result(status: int, result: Result) -> None:
+    wire = answer(b"HTTP/1.1 %d X\r\nLocation: http://elsewhere.test/\r\nContent-Length: 0\r\n\r\n" % status)
+    assert (wire.attempt.result, wire.attempt.status) == (result, status)
+    assert wire.pipe.written == [REQUEST]
+
+
+def test_retry_after_is_kept_as_it_came() -> None:
+    for line, value in [
+        (b"Retry-After: 17\r\n", b"17"),
+        (b"retry-AFTER:  Fri, 31 Dec 1999 23:59:59 GMT \r\n", b"Fri, 31 Dec 1999 23:59:59 GMT"),
+        (b"Retry-After: 1\r\nRetry-After: 2\r\n", b"1"),
+        (b"X-Retry-After: 17\r\n", None),
+        (b"X-Note: retry-after: 9\r\n", None),
+        (b"X-Long: " + b"y" * 5000 + b"\r\nRetry-After: 3\r\n", b"3"),
+    ]:
+        wire = answer(b"HTTP/1.1 429 Slow\r\n" + line + b"Content-Length: 0\r\n\r\n")
+        assert wire.attempt.retry_after == value
+
+
+def test_any_bytes_of_a_body_are_kept_up_to_the_limit_and_as_they_came() -> None:
+    body = bytes(range(256)) * 40
+    head = b"HTTP/1.1 400 No\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for chunks in ([head + body], [head, body], [head, *(body[at : at + 1000] for at in range(0, len(body), 1000))]):
+        wire = answer(*chunks)
+        assert wire.attempt.body == body[:4096]
+        assert wire.attempt.result is Result.CLIENT_ERROR
+        assert wire.is_reusable
+
+
+def test_of_a_long_head_the_first_4_kib_are_kept() -> None:
+    filler = b"".join(b"X-%d: %s\r\n" % (number, b"y" * 100) for number in range(100))
+    wire = answer(b"HTTP/1.1 200 OK\r\n" + filler + b"Content-Length: 0\r\n\r\n")
+    assert wire.attempt.result is Result.OK
+    assert wire.attempt.head == (b"HTTP/1.1 200 OK\r\n" + filler)[:4096]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"Content-Length: 1000000\r\n\r\n",
+        b"\r\n",  # to the end of the connection
+        b"Transfer-Encoding: chunked\r\n\r\nf4240\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n1;extension=",  # which never ends
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\nTrailer: ",
+    ],
+)
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_body_beyond_the_limit_is_cut_off_and_the_status_stands(body: bytes, status: int) -> None:
+    wire = answer(b"HTTP/1.1 %d X\r\n" % status + body, *[b"z" * 8192] * 20)
+    assert wire.attempt.status == status
+    assert wire.attempt.result is (Result.OK if status == 200 else Result.SERVER_ERROR)
+    assert wire.attempt.error is None
+    assert wire.pipe.aborted
+    assert wire.connection._received <= 65_536 + 8192
+
+
+@pytest.mark.parametrize(
+    ("chunks", "words"),
+    [
+        ([b"HTTP/1.1 200 OK\r\n", *[b"X-A: b\r\n"] * 10_000], "longer than"),
+        ([b"HTTP/1.1 200 OK\r\nX-A: ", *[b"y" * 1000] * 100], "longer than"),
+        ([b"HTTP/1.1 200 ", *[b"y" * 1000] * 100], "longer than"),
+        ([b"\r\n" * 1000] * 40, "longer than"),
+        ([b"HTTP/1.1 200 OK\r\nX-A: " + b"y" * 40_000 + b"\r\nContent-Length: 0\r\n\r\n"], "longer than"),
+        ([b"HTTP/1.1 200 OK\r\n" + b"A:\r\n" * 2000 + b"Content-Length: 0\r\n\r\n"], "response headers"),
+        ([b"HTTP/1.1 100 C\r\n\r\n"] * 1000, "interim"),
+        ([b"HTTP/1.1 100 C\r\n\r\n" * 1000], "interim"),
+        ([b"HTTP/1.1 100 C\r\n\r\n" * 100 + OK], "interim"),
+        ([b"HTTP/1.1 100 C\r\nX: " + b"y" * 9000 + b"\r\n\r\n"] * 10, "longer than"),
+    ],
+)
+def test_a_head_has_bounds(chunks: list[bytes], words: str) -> None:
+    wire = answer(*chunks)
+    assert wire.attempt.result is Result.PROTOCOL
+    assert wire.attempt.error is not None
+    assert words in wire.attempt.error
+    assert wire.pipe.aborted
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\xff\xfe",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"220 mail.test ESMTP\r\n",
+        b"<html>hello</html>",
+        b"RTSP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"ICE/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/0.9 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/2.0 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 2x0 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999999\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: a\x00b\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 101 Switching\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n",
+        b"HTTP/1.1 101 Switching\r\n\r\n" + OK,
+    ],
+)
+def test_what_is_not_http_is_a_protocol_error(garbage: bytes) -> None:
+    for chunks in ([garbage], [garbage[at : at + 1] for at in range(len(garbage))]):
+        wire = answer(*chunks)
+        assert wire.attempt.result is Result.PROTOCOL
+        assert wire.attempt.error
+        assert wire.attempt.head  # what came instead is worth a look
+        assert wire.pipe.aborted
+        assert wire.origin.idle == []
+
+
+def test_a_broken_body_leaves_the_status_on_record() -> None:
+    wire = answer(b"HTTP/1.1 202 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\nzz\r\n")
+    assert (wire.attempt.result, wire.attempt.status, wire.attempt.body) == (Result.PROTOCOL, 202, b"ok")
+
+
+@pytest.mark.parametrize("surplus", [b"H", OK, b"garbage", b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n"])
+def test_bytes_beyond_the_response_cost_the_connection_and_not_the_result(surplus: bytes) -> None:
+    wire = answer(OK + surplus)
+    assert (wire.attempt.result, wire.attempt.status, wire.attempt.body) == (Result.OK, 200, b"ok")
+    assert wire.pipe.aborted
+    assert wire.origin.idle == []
+
+
+def test_bytes_on_an_idle_connection_cost_the_connection() -> None:
+    wire = answer(OK)
+    wire.feed(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+    assert wire.pipe.aborted
+    assert wire.origin.idle == []
+    wire.lose()
+    wire.submit()
+    assert len(wire.begun) == 1
+
+
+def test_an_idle_connection_that_the_peer_closes_is_not_used_again() -> None:
+    wire = answer(OK)
+    wire.connection.eof_received()
+    wire.submit()
+    assert wire.pipe.written == [REQUEST]
+    assert len(wire.begun) == 1
+
+
+def test_the_connection_used_last_is_used_next() -> None:
+    wire = answer(OK)
+    second = StillPipe()
+    wire.open(wire.origin, second)
+    wire.submit()
+    assert (len(wire.pipe.written), len(second.written)) == (1, 1)
+
+
+def test_an_idle_connection_is_closed_after_its_time_and_the_clock_stops_with_the_last() -> None:
+    wire = answer(OK, keepalive_s=60.0)
+    wire.loop.advance(59.0)
+    assert wire.is_reusable
+    wire.loop.advance(1.5)
+    assert wire.origin.idle == []
+    assert wire.pipe.closed
+    assert not wire.pipe.aborted
+    wire.lose()
+    wire.loop.advance(1.0)
+    assert wire.loop.timers == []
+
+
+def test_a_connection_that_lingers_after_closing_is_cut() -> None:
+    wire = answer(OK, keepalive_s=1.0)
+    wire.loop.advance(2.0)
+    assert (wire.pipe.closed, wire.pipe.aborted) == (True, False)
+    wire.loop.advance(6.0)
+    assert wire.pipe.aborted
+
+
+def test_of_too_many_idle_connections_the_oldest_are_closed() -> None:
+    wire = answer(OK, idle_connections_max=2)
+    pipes = [wire.pipe]
+    for _ in range(3):
+        wire.loop.now += 1.0
+        pipes.append(StillPipe())
+        wire.open(wire.transport.origin(TARGET), pipes[-1])
+    wire.loop.advance(0.1)
+    assert [pipe.closed for pipe in pipes] == [True, True, False, False]
+
+
+def test_active_connections_do_not_count_as_idle() -> None:
+    wire = Wire(idle_connections_max=1)
+    wire.submit()
+    other = StillPipe()
+    wire.open(wire.transport.origin(TARGET), other)
+    wire.loop.advance(0.2)
+    assert not wire.pipe.is_closing()
+    assert not other.is_closing()
+    assert wire.transport.count_connections() == {"connecting": 0, "active": 1, "idle": 1}
+
+
+@pytest.mark.parametrize(
+    ("unsent_bytes", "chunks", "phase", "status"),
+    [
+        (100_000, [], "send", 0),
+        (0, [], "headers", 0),
+        (0, [b"HTTP/1.1 100 Continue\r\n\r\n"], "headers", 0),
+        (0, [b"HTTP/1.1 200 OK\r\nContent-Le"], "headers", 0),
+        (0, [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe"], "body", 200),
+    ],
+)
+def test_a_timeout_names_its_phase(unsent_bytes: int, chunks: list[bytes], phase: str, status: int) -> None:
+    wire = Wire(tick_s=0.1)
+    wire.pipe.unsent_bytes = unsent_bytes
+    wire.submit(timeout_s=5.0)
+    wire.feed(*chunks)
+    wire.loop.advance(4.9)
+    assert wire.came == []
+    wire.loop.advance(0.3)
+    assert (wire.attempt.result, wire.attempt.status) == (Result.TIMEOUT, status)
+    assert wire.attempt.error == f"timed out after 5 s ({phase})"
+    assert 5.0 <= wire.attempt.duration_s <= 5.2
+    assert wire.attempt.sent_at == 1000.0
+    assert wire.pipe.aborted
+    wire.lose()
+    assert len(wire.came) == 1
+
+
+def test_a_slow_drip_does_not_move_the_deadline() -> None:
+    wire = Wire()
+    wire.submit(timeout_s=5.0)
+    wire.feed(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+    for _ in range(60):
+        wire.feed(b"z")
+        wire.loop.advance(0.1)
+    assert (wire.attempt.result, wire.attempt.status) == (Result.TIMEOUT, 200)
+
+
+def test_a_response_before_the_request_is_sent_counts_but_the_connection_is_done() -> None:
+    wire = Wire()
+    wire.submit()
+    wire.connection.pause_writing()
+    wire.feed(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+    assert wire.attempt.status == 413
+    assert wire.pipe.aborted
+    assert wire.origin.idle == []
+
+
+def test_a_connection_that_took_the_request_late_is_reused() -> None:
+    wire = Wire()
+    wire.submit()
+    wire.connection.pause_writing()
+    wire.connection.resume_writing()
+    wire.feed(OK)
+    assert wire.is_reusable
+
+
+def test_a_stale_connection_costs_a_dial_and_not_the_attempt() -> None:
+    wire = answer(OK)
+    wire.submit("second")
+    wire.end()
+    assert len(wire.came) == 1
+    assert len(wire.begun) == 1
+    fresh = StillPipe()
+    wire.connection = wire.open(wire.origin, fresh)
+    wire.pipe = fresh
+    assert fresh.written == [REQUEST]
+    wire.feed(OK)
+    assert [token for token, _ in wire.came] == [None, "second"]
+    assert wire.came[1][1].result is Result.OK
+
+
+def test_a_request_is_sent_a_second_time_at_most() -> None:
+    wire = answer(OK)
+    wire.submit()
+    wire.end()
+    fresh = wire.open(wire.origin, StillPipe())
+    fresh._reused = True
+    fresh.connection_lost(ConnectionResetError())
+    wire.loop.turn()
+    assert wire.came[1][1].result is Result.CONNECT
+    assert len(wire.begun) == 1
+
+
+def test_a_request_is_not_sent_again_once_a_byte_came_back() -> None:
+    wire = answer(OK)
+    wire.submit()
+    wire.feed(b"H")
+    wire.end()
+    assert wire.came[1][1].result is Result.PROTOCOL
+    assert wire.begun == []
+
+
+def test_a_fresh_connection_that_dies_is_an_attempt() -> None:
+    wire = Wire()
+    wire.submit()
+    wire.lose(ConnectionResetError())
+    assert wire.attempt.result is Result.CONNECT
+    assert wire.attempt.error == "connection closed before any response"
+    assert wire.begun == []
+
+
+def test_a_freed_connection_serves_a_waiting_request_but_not_one_that_needs_a_fresh_one() -> None:
+    wire = answer(OK)
+    wire.submit("first")
+    wire.submit("waits")
+    wire.feed(OK)
+    assert wire.pipe.written == [REQUEST] * 3
+    wire.lose()  # the one that waited was sent on a reused connection: once more
+    other = wire.open(wire.transport.origin(TARGET), StillPipe())
+    other._reused = True
+    other._origin = wire.origin
+    wire.origin.take_back(other, wire.loop.now)
+    assert not other.is_active
+    assert [request.token for request in wire.origin.waiting] == ["waits"]
+
+
+def test_a_write_to_a_connection_already_gone_dials_instead() -> None:
+    wire = answer(OK)
+
+    def refuse(data: bytes) -> None:
+        raise RuntimeError("unable to perform operation; the handler is closed")
+
+    wire.connection._write = refuse
+    wire.submit("second")
+    assert len(wire.begun) == 1
+    wire.lose()
+    assert [request.token for request in wire.origin.waiting] == ["second"]
+
+
+def test_done_is_never_called_from_within_submit() -> None:
+    wire = Wire()
+    wire.origin.close()
+    wire.submit()
+    assert wire.came == []
+    wire.loop.turn()
+    assert isinstance(wire.attempt, Released)
+
+
+def test_done_may_submit_the_next_request() -> None:
+    wire = Wire()
+    tokens: list[int] = []
+
+    def done(token: int, attempt: Attempt) -> None:
+        tokens.append(token)
+        if token < 5:
+            wire.origin.submit(REQUEST, 5.0, done, token + 1)
+
+    wire.origin.submit(REQUEST, 5.0, done, 0)
+    for _ in range(6):
+        wire.feed(OK)
+    assert tokens == [0, 1, 2, 3, 4, 5]
+    assert wire.is_reusable
+
+
+def test_a_waiting_request_times_out_in_the_phase_of_its_dial() -> None:
+    wire = Wire()
+    origin = wire.transport.origin(TARGET)
+    origin.submit(REQUEST, 2.0, wire.done, None)
+    wire.loop.advance(2.2)
+    assert (wire.attempt.result, wire.attempt.error) == (Result.TIMEOUT, "timed out after 2 s (connect)")
+    assert wire.attempt.sent_at == 0.0
+
+
+def test_a_request_without_a_dial_slot_is_released_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DIALS_MAX", 1)
+    wire = Wire()
+    hanging, other = wire.transport.origin(TARGET), wire.transport.origin(TARGET)
+    hanging.submit(REQUEST, 9.0, wire.done, None)
+    other.submit(REQUEST, 2.0, wire.done, None)
+    wire.loop.advance(2.2)
+    assert isinstance(wire.attempt, Released)
+
+
+def test_one_origin_gets_its_share_of_dials_and_the_rest_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DIALS_MAX", 40)
+    wire = Wire()
+    greedy = wire.transport.origin(TARGET)
+    for _ in range(100):
+        greedy.submit(REQUEST, 9.0, wire.done, None)
+    assert len(greedy.dials) == module.DIALS_PER_ORIGIN_MAX
+    others = [wire.transport.origin(TARGET) for _ in range(20)]
+    for origin in others:
+        for _ in range(10):
+            origin.submit(REQUEST, 9.0, wire.done, None)
+    assert len(wire.transport._dials) <= 40
+    assert all(origin.dials for origin in others)  # each got one, though the first could have had all
+
+
+def test_a_failed_dial_ends_one_request_and_only_if_the_others_do_not_suffice() -> None:
+    wire = Wire()
+    origin = wire.transport.origin(TARGET)
+    origin.submit(REQUEST, 9.0, wire.done, "first")
+    origin.submit(REQUEST, 9.0, wire.done, "second")
+    spare = origin.dials.pop()
+    origin.disappoint(DialFailed(Result.CONNECT, "connection refused"))
+    wire.loop.turn()
+    assert [(token, attempt.result) for token, attempt in wire.came] == [("first", Result.CONNECT)]
+    origin.dials.append(spare)
+    origin.disappoint(DialFailed(Result.CONNECT, "connection refused"))
+    wire.loop.turn()
+    assert len(wire.came) == 1
+    assert [request.token for request in origin.waiting] == ["second"]
+
+
+def test_a_dial_that_fails_for_reasons_of_ours_releases(caplog: pytest.LogCaptureFixture) -> None:
+    wire = Wire()
+    for failure in (DialFailed(None, "too many open files"), KeyError("a bug")):
+        origin = wire.transport.origin(TARGET)
+        origin.submit(REQUEST, 9.0, wire.done, None)
+        origin.dials.clear()
+        origin.disappoint(failure)
+    wire.loop.turn()
+    assert [type(attempt) for _, attempt in wire.came] == [Released, Released]
+    assert wire.came[0][1].error == "too many open files"
+    assert "unforeseen" in caplog.text
+    assert wire.transport.attempts == 0
+
+
+def test_a_released_request_has_no_result_to_count() -> None:
+    released = Released("shutdown", sent_at=3.0)
+    with pytest.raises(AttributeError):
+        _ = released.result
+    assert repr(released) == "<Released shutdown>"
+    assert released.sent_at == 3.0
+
+
+def test_nothing_of_a_lost_connection_waits_for_the_collector() -> None:
+    def alive() -> int:
+        return sum(isinstance(thing, Connection) for thing in gc.get_objects())
+
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        wire = answer(OK)
+        wire.submit()
+        wire.feed(b"HTTP/1.1 200")
+        wire.lose()
+        del wire.connection
+        assert alive() == before
+    finally:
+        gc.enable()
+
+
+def test_an_idle_connection_keeps_nothing_of_the_last_response() -> None:
+    wire = answer(b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n" + b"z" * 50_000)
+    assert wire.is_reusable
+    assert (wire.connection._raw, wire.connection._body) == (b"", b"")
+
+
+def test_while_a_body_drips_only_the_head_is_kept() -> None:
+    wire = answer(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n" + b"z" * 50_000)
+    assert len(wire.connection._raw) < 100
+    assert len(wire.connection._body) == 4096
+
+
+def test_things_say_what_they_are() -> None:
+    wire = answer(OK)
+    assert repr(wire.connection) == "<Connection 127.0.0.1:9 idle, reused>"
+    assert repr(wire.origin) == "<Origin http://127.0.0.1:9 1 idle, 0 waiting, 0 dialling>"
+    assert repr(wire.transport) == "<Transport 1 origins, 0 connecting, 0 active, 1 idle>"
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        *[response for response, *_ in RESPONSES],
+        b"HTTP/1.1 ",
+        b"200 OK\r\n",
+        b"100 Continue\r\n\r\n",
+        b"503 \r\nRetry-After: 1\r\n",
+        b"Content-Length: 2\r\n",
+        b"Content-Length: 70000\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Connection: close\r\n",
+        b"\r\n",
+        b"2\r\nok\r\n",
+        b"0\r\n\r\n",
+        b"zzzzzzzzzz",
+    ]
+)
+COMPLETE = {Result.OK, Result.REDIRECT, Result.CLIENT_ERROR, Result.SERVER_ERROR}
+
+
+@given(
+    st.lists(st.tuples(FRAGMENTS | st.binary(max_size=40), st.sampled_from([1, 1, 1, 2, 7000])), max_size=12),
+    st.lists(st.integers(1, 400), max_size=30),
+    st.booleans(),
+)
+def test_whatever_a_peer_sends_a_request_ends_once_and_memory_is_bounded(
+    fragments: list[tuple[bytes, int]], cuts: list[int], clean: bool
+) -> None:
+    stream = b"".join(fragment * times for fragment, times in fragments)
+    wire = Wire()
+    wire.submit()
+    for size in [*cuts, *[65_536] * (len(stream) // 65_536 + 1)]:
+        wire.feed(*filter(None, [stream[:size]]))
+        stream = stream[size:]
+        assert wire.pipe.is_closing() or len(wire.connection._raw) <= 32_768 + 65_536
+        assert len(wire.connection._body) <= 4096
+    if clean:
+        wire.end()
+    else:
+        wire.lose(ConnectionResetError())
+    attempt = wire.attempt
+    assert isinstance(attempt.result, Result)
+    assert len(attempt.head) <= 4096
+    assert len(attempt.body) <= 4096
+    assert (attempt.error is None) == (attempt.result in COMPLETE)
+    assert wire.origin.idle == []
+    assert wire.transport.connections == set()
