@@ -35,7 +35,10 @@ from dispatcher.store.database import check_schema, connect, migrate, open_pool,
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
 from dispatcher.store.vault import Vault, new_key
-from dispatcher.web.server import Web, build_api_app, build_metrics_app, serve
+from dispatcher.web.api import build_api_app
+from dispatcher.web.metrics import build_metrics_app
+from dispatcher.web.parts import Web
+from dispatcher.web.server import serve
 
 EMBEDDED_DIRECTORY: Final = "postgres"
 KEY_FILE: Final = "secret.key"
@@ -136,6 +139,7 @@ class Daemon:
     engine: Engine
     pool: Any
     accounts: AccountStore
+    web: Web
     url: str  # of API and dashboard
 
     def stop(self) -> None:
@@ -178,7 +182,8 @@ def _defaults(config: Config) -> EndpointDefaults:
 def tune() -> None:
     """Settings of this process that were measured to matter."""
     # glibc maps and unmaps each of the loop's 256 KiB read buffers until a larger block was freed once: 50 → 21 µs a read.
-    del (block := bytearray(16 << 20))  # noqa: F841
+    block = bytes(16 << 20)
+    del block
     gc.collect()
     gc.freeze()  # what is loaded by now stays: no collection needs to look at it again
     gc.set_threshold(50_000, 50, 100)
@@ -249,7 +254,7 @@ async def run(
         if config.metrics.listen:
             metrics = await serve(build_metrics_app(engine.snapshot), config.metrics.listen, key="[metrics] listen")
             stack.push_async_callback(metrics.cleanup)
-        daemon = Daemon(config, engine, pool, accounts, f"http://{_shown(api, config)}")
+        daemon = Daemon(config, engine, pool, accounts, web, f"http://{_shown(api, config)}")
         if signals:
             stack.callback(_handle_signals(daemon, reload))
         tune()
@@ -322,9 +327,9 @@ def _reload(daemon: Daemon, read: Callable[[], Config]) -> None:
         can, cannot = daemon.config.reloadable_differences(fresh)
         daemon.config = daemon.config.with_reloadable_of(fresh)
         start_logging(daemon.config.log)
-        daemon.engine.reconfigure(
-            _engine_settings(daemon.config), Guard(daemon.config.network.allow, daemon.config.network.allow_http)
-        )
+        guard = Guard(daemon.config.network.allow, daemon.config.network.allow_http)
+        daemon.web.guard, daemon.web.catalogue, daemon.web.defaults = guard, catalogue_of(fresh), _defaults(daemon.config)
+        daemon.engine.reconfigure(_engine_settings(daemon.config), guard)
         log.info("reloaded", changed=can, needs_restart=cannot)
     except DispatcherError as error:
         log.error("reload.refused", reason=str(error))

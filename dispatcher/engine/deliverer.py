@@ -226,6 +226,13 @@ class Deliverer:
             f"User-Agent: {self._user_agent}\r\n{own}"
         ).encode("latin-1")
 
+    def reconfigure(self, guard: Guard, jitter: float) -> None:
+        """Take changed settings over; every webhook's URL is judged anew."""
+        self._guard = guard
+        self._jitter = jitter
+        for subscriber in self.subscribers.values():
+            self._equip(subscriber)
+
     def apply(self, endpoints: Callable[[int], Endpoint | None]) -> None:
         """Take a changed registry over: new settings now, and what is paused, disabled or gone stops at once."""
         for subscriber in list(self.subscribers.values()):

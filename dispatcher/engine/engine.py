@@ -138,6 +138,18 @@ class Engine:
         if self._reader is not None:
             self._reader.stop()
 
+    def reconfigure(self, settings: EngineSettings, guard: Guard) -> None:
+        """Take changed settings over while running: limits and timings at once, webhook defaults with the next registry."""
+        self.settings = settings
+        lanes = self.deliverer.lanes
+        lanes.queued_max = lanes.lane_queued_max = settings.max_queued
+        lanes.retries_queued_max = settings.max_queued // RETRIES_SHARE
+        lanes.in_flight_max = settings.max_in_flight
+        self._transport.use_guard(guard)
+        self.deliverer.reconfigure(guard, settings.jitter)
+        if self._reader is not None:
+            self._reader.reload_soon()
+
     async def run(self) -> None:
         """Run sessions until stopped."""
         failures = 0

@@ -83,6 +83,7 @@ class OutboxReader:
         self.notified = asyncio.Event()
         self.registry = Registry((), -1)
         self.progress_at = self._loop.time()
+        self._newest_known: int | None = None  # sequence number beyond which nothing was settled or pending at the start
         self.read_to: Any = None  # written_at of the last row read while behind; None when caught up
         self.read_seq = 0
         self.stopping = False
@@ -143,6 +144,11 @@ class OutboxReader:
             self._touched_at = self._loop.time()
             self._ledger.touch()
 
+    def reload_soon(self) -> None:
+        """Load the registry anew before the next page is routed, changed or not."""
+        self.registry = Registry(self.registry, -1)
+        self.notified.set()
+
     async def reload(self) -> None:
         """Load the registry and let every webhook in memory know."""
         with self._telemetry.timed("registry"):
@@ -170,9 +176,9 @@ class OutboxReader:
         rows = page.rows
         self._telemetry.events += len(rows)
         pairs = self._pairs(rows)
-        if recovering and pairs:
+        if recovering:
             known = await self._known(pairs)
-            pairs = [pair for pair in pairs if (pair[1].id, pair[0].seq) not in known]
+            pairs = [pair for pair in pairs if (pair[1].id, pair[0].seq) not in known] if known else pairs
         deliverer = self._deliverer
         for event, endpoint in pairs:
             subscriber = deliverer.subscriber(endpoint)
@@ -204,6 +210,12 @@ class OutboxReader:
         return pairs
 
     async def _known(self, pairs: list[tuple[Event, Endpoint]]) -> set[tuple[int, int]]:
+        """Which of these are settled or pending already. A backlog nobody has read yet costs nothing to check."""
+        if self._newest_known is None:
+            self._newest_known = await self._connection.fetchval(statements("outbox")["newest_known"])
+        pairs = [pair for pair in pairs if pair[0].seq <= self._newest_known]
+        if not pairs:
+            return set()
         since = min(event.written_at for event, _ in pairs) - timedelta(days=1)
         rows = await self._connection.fetch(
             statements("outbox")["known"], [e.id for _, e in pairs], [event.seq for event, _ in pairs], since

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 HEAD_KEPT_BYTES: Final = 4096  # of a response's head, for the log
 HEADERS_MAX: Final = HEAD_KEPT_BYTES // 4  # a header takes 4 bytes at least: only longer heads need counting
-LINGER_S: Final = 5.0  # what a connection being closed gets before it is cut
+CLOSE_S: Final = 5.0  # what aborted connections get to be gone; the event loop takes one turn
 INTERIMS_MAX: Final = 16  # 1xx responses before the final one; 100 and 103 once each is what exists
 
 # A dial holds a descriptor, a task and, in the handshake, ≈ 100 KiB and 0.5 ms of CPU: all of them, ≈ 100 MiB.
@@ -196,17 +196,15 @@ class Connection(asyncio.Protocol):
         request = self._request
         if request is not None:
             self._break(request, Result.TIMEOUT, f"{_timed_out(request)} ({self._phase})")
-        elif self.is_open:
-            self.retire()
         else:
-            self.abort()  # it was retired, and the peer lets it linger
+            self.retire()
 
     def retire(self) -> None:
-        """Close an idle connection politely: with TLS, the peer gets its close_notify."""
+        """Close an idle connection: with TLS the peer gets its close_notify, but we do not wait for its own."""
         self._origin.forget(self)
-        self.deadline = self._origin.client.time() + LINGER_S
         if self._transport is not None:
             self._transport.close()
+        self.abort()
 
     def abort(self) -> None:
         """Close at once."""
@@ -368,7 +366,7 @@ class Connection(asyncio.Protocol):
             self._break(request, Result.PROTOCOL, f"more than {INTERIMS_MAX} interim responses")
             return
         self._note_status()
-        if not self._status and self._received > settings.head_bytes_max:
+        if len(self._raw) > settings.head_bytes_max + len(_END):
             self._break(request, Result.PROTOCOL, f"response head longer than {settings.head_bytes_max} bytes")
         elif self._received > settings.response_bytes_max:
             self._finish(request)  # the status stands; the rest is cut off with the connection
@@ -629,7 +627,7 @@ class Transport:
         self._note_quiet()
         await self._until_quiet(drain_s)
         self._release_all("shutdown")
-        await self._until_quiet(LINGER_S)
+        await self._until_quiet(CLOSE_S)
         if self._timer is not None:
             self._timer.cancel()
         await self._resolver.close()

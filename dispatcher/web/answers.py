@@ -1,10 +1,10 @@
 """Answers, and the lists among them.
 
-A list is newest first: `limit` (20, at most 100) and at most one of `after` and `before`, both ids of that list, ask for a
-part of it. The answer is `{"data": […], "has_more": …, "next": …}`, where `next` is what to put into the same parameter to
-go on in the same direction: older with `after` (or neither), newer with `before`. Nothing is counted and nothing is
-skipped over, so page 1000 costs what page 1 does; and since a cursor is the id where the last page ended, it stays good
-while events come in.
+A list is newest first: `limit` (20, at most 100) and at most one of `after` and `before`, both ids of that list, ask
+for a part of it. The answer is `{"data": […], "has_more": …, "next": …}`, where `next` is what to put into the same
+parameter to go on in the same direction: older with `after` (or neither), newer with `before`. Nothing is counted and
+nothing is skipped over, so page 1000 costs what page 1 does; and since a cursor is the id where the last page ended, it
+stays good while events come in.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Identified(Protocol):
         """By which it is sorted."""
 
 
-I = TypeVar("I", bound=Identified)  # noqa: E741
+Entry = TypeVar("Entry", bound=Identified)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def page(data: Sequence[Any], next_cursor: str | None) -> web.Response:
     return answer({"data": data, "has_more": next_cursor is not None, "next": next_cursor})
 
 
-def cut(found: Sequence[I], wanted: Wanted) -> tuple[Sequence[I], str | None]:
+def cut(found: Sequence[Entry], wanted: Wanted) -> tuple[Sequence[Entry], str | None]:
     """What was found with a limit one larger than wanted, without the one too many, and the cursor to go on from."""
     if len(found) <= wanted.limit:
         return found, None
@@ -86,9 +86,11 @@ def wanted(request: web.Request, *filters: str) -> Wanted:
     limit = query.get("limit", str(LIMIT))
     if not _is_limit(limit) or not 1 <= int(limit) <= LIMIT_MAX:
         errors.append(FieldError("limit", f"expected a whole number from 1 to {LIMIT_MAX}"))
-    for name in ("after", "before"):
-        if name in query and not _is_cursor(query[name]):
-            errors.append(FieldError(name, "expected what `next` of a page was, or the id of an entry"))
+    errors += (
+        FieldError(name, "expected what `next` of a page was, or the id of an entry")
+        for name in ("after", "before")
+        if name in query and not _is_cursor(query[name])
+    )
     if "after" in query and "before" in query:
         errors.append(FieldError("before", "cannot be combined with after"))
     if errors:

@@ -1,8 +1,8 @@
 """Who is calling, and whether not too often.
 
-Every call names a key: `Authorization: Bearer tp_live_…`. A key is looked up on every call and nothing is remembered, so
-one that is revoked is refused from the next call on. Each key has a bucket of tokens that fills at a steady rate; a call
-takes one, and without one it is 429 with the seconds until there is.
+Every call names a key: `Authorization: Bearer tp_live_…`. A key is looked up on every call and nothing is remembered,
+so one that is revoked is refused from the next call on. Each key has a bucket of tokens that fills at a steady rate; a
+call takes one, and without one it is 429 with the seconds until there is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOOK_UP_TIMEOUT_S: Final = 5.0
 
 BUCKETS_MAX: Final = 10_000  # ≈ 2 MiB
 
-_CALLER: Final = "caller"
+_CALLER: Final = web.RequestKey("caller", KeyOwner)
 
 
 class RateLimit:
@@ -64,9 +64,7 @@ class RateLimit:
 
 def caller(request: web.Request) -> KeyOwner:
     """Whose request this is."""
-    owner = request[_CALLER]
-    assert isinstance(owner, KeyOwner)
-    return owner
+    return request[_CALLER]
 
 
 def bearer(request: web.Request) -> str:

@@ -1,9 +1,9 @@
 """Request bodies: JSON text in, a Struct out, or everything that is wrong with it at once.
 
-A decoder stops at the first mistake and cannot name a member it skipped. So a body is taken apart into its members, each
-still the text that was sent, and each is decoded by its own field's type. That leaves an event's `data` exactly as it
-was written, keeps what only `data` could hold (NaN, lone surrogates) from making the rest unreadable, and shows members
-that are unknown or given twice.
+A decoder stops at the first mistake and cannot name a member it skipped. So a body is taken apart into its members,
+each still the text that was sent, and each is decoded by its own field's type. That leaves an event's `data` exactly as
+it was written, keeps what only `data` could hold (NaN, lone surrogates) from making the rest unreadable, and shows
+members that are unknown or given twice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _WORDS: Final = {
 _AT: Final = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
 _WRONG_TYPE: Final = re.compile(r"Expected `([^`]+)`, got `([^`]+)`")
 _skip_blanks: Final = re.compile(r"[ \t\n\r]*").match
-# Numbers stay text: what they are is for the field's type to say, and int() refuses very long ones in a manner of its own.
+# Numbers stay text: what they are is for the field's type to say, and int() refuses long ones in a manner of its own.
 _scan: Final = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str).raw_decode
 
 
@@ -64,12 +64,7 @@ async def _read_text(request: web.Request) -> str:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return (await request.read()).decode()
     except TimeoutError:
-        raise Problem(
-            408,
-            "body_timeout",
-            f"The body did not arrive within {BODY_TIMEOUT_S:g} s.",
-            headers={"Connection": "close"},
-        ) from None
+        raise Problem(408, "body_timeout", f"The body did not arrive within {BODY_TIMEOUT_S:g} s.") from None
     except web.HTTPRequestEntityTooLarge:
         raise Problem(413, "too_large", f"A body has at most {BODY_BYTES_MAX} bytes.") from None
     except UnicodeDecodeError:
@@ -81,8 +76,8 @@ async def _read_text(request: web.Request) -> str:
 def parse_body(text: str, kind: type[T], checks: Mapping[str, Check]) -> T:
     """`text` as a `kind`. Raises Problem: 400 for what is not JSON, 422 naming every field that is wrong."""
     errors: list[FieldError] = []
-    fields, values = _fields(kind), {}
-    members = _members(text, errors)
+    fields, members = _fields(kind), _members(text, errors)
+    values: dict[str, Any] = {}
     errors += (_unknown(name, fields) for name in members if name not in fields)
     for name, field in fields.items():
         if name in members:
@@ -117,12 +112,9 @@ class _Field:
         if at is None or wrong is None:
             found = f", not {text}" if len(text) <= SHOWN_MAX else ""
             yield FieldError(self.name, f"expected {self.expected}{found}")
-        elif at[1] == "[...]":  # msgspec does not say which; our mappings are all of texts
-            for key, value in json.loads(text).items():
-                if not isinstance(value, str):
-                    yield FieldError(f"{self.name}.{_shown(key)}", "expected text")
-        else:
-            yield FieldError(f"{self.name}{at[1]}", f"expected {_in_words(wrong[1])}, got {_in_words(wrong[2])}")
+            return
+        where = f".{_shown(_first_not_text(text))}" if at[1] == "[...]" else at[1]
+        yield FieldError(f"{self.name}{where}", f"expected {_in_words(wrong[1])}, got {_in_words(wrong[2])}")
 
 
 @functools.cache
@@ -132,9 +124,7 @@ def _fields(kind: type[msgspec.Struct]) -> dict[str, _Field]:
             field.name,
             _expected(field.type),
             field.required,
-            None
-            if field.type is msgspec.Raw or msgspec.Raw in get_args(field.type)
-            else msgspec.json.Decoder(field.type),
+            None if msgspec.Raw in get_args(field.type) else msgspec.json.Decoder(field.type),
         )
         for field in msgspec.structs.fields(kind)
     }
@@ -144,6 +134,12 @@ def _expected(kind: Any) -> str:
     found = [meta.extra["expected"] for meta in getattr(kind, "__metadata__", ()) if meta.extra]
     assert found, f"{kind} says what it expects"
     return str(found[0])
+
+
+def _first_not_text(text: str) -> str:
+    """The key that msgspec does not name; our mappings are all of texts."""
+    pairs: list[tuple[str, object]] = json.loads(text, object_pairs_hook=list, parse_int=len)
+    return next(key for key, value in pairs if not isinstance(value, str))
 
 
 def _unknown(name: str, fields: Mapping[str, _Field]) -> FieldError:

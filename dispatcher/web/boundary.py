@@ -26,7 +26,7 @@ RETRY_AFTER_S: Final = 2  # a failover or a restart takes a few seconds; a lost 
 _AWAY_CLASSES: Final = frozenset({"08", "53", "57", "58"})
 _READ_ONLY: Final = "25006"
 
-_ID: Final = "request_id"
+_ID: Final = web.RequestKey("request_id", str)
 _is_request_id: Final = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
 
 log = structlog.get_logger("dispatcher.web")

@@ -3,9 +3,9 @@
     {"type": "about:blank", "title": "Unprocessable Entity", "status": 422, "code": "invalid_request",
      "detail": "…", "errors": [{"field": "events[1]", "message": "…"}]}
 
-`code` is stable and meant for programs, `detail` and `message` for people. `errors` stands there with 422 only, and then
-names every field that is wrong, not just the first: `url`, `events[1]`, `headers.X-Foo`, or an empty text for the body
-as a whole. Nothing of the program's inside is ever told: a fault of ours says under which request id it was logged.
+`code` is stable and meant for programs, `detail` and `message` for people. `errors` stands there with 422 only, and
+then names every field that is wrong, not just the first: `url`, `events[1]`, `headers.X-Foo`, or an empty text for the
+body as a whole. Nothing of the program's inside is ever told: a fault of ours says under which request id it is logged.
 """
 
 from __future__ import annotations

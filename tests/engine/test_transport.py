@@ -7,12 +7,14 @@ import errno
 import functools
 import gc
 import socket
+import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import trustme
 import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
@@ -429,18 +431,9 @@ def test_an_idle_connection_is_closed_after_its_time_and_the_clock_stops_with_th
     wire.loop.advance(1.5)
     assert wire.origin.idle == []
     assert wire.pipe.closed
-    assert not wire.pipe.aborted
     wire.lose()
     wire.loop.advance(1.0)
     assert wire.loop.timers == []
-
-
-def test_a_connection_that_lingers_after_closing_is_cut() -> None:
-    wire = answer(OK, keepalive_s=1.0)
-    wire.loop.advance(2.0)
-    assert (wire.pipe.closed, wire.pipe.aborted) == (True, False)
-    wire.loop.advance(6.0)
-    assert wire.pipe.aborted
 
 
 def test_of_too_many_idle_connections_the_oldest_are_closed() -> None:
@@ -564,6 +557,16 @@ def test_a_fresh_connection_that_dies_is_an_attempt() -> None:
     assert wire.attempt.result is Result.CONNECT
     assert wire.attempt.error == "connection closed before any response"
     assert wire.begun == []
+
+
+def test_a_peer_that_asks_for_a_certificate_after_the_handshake_failed_at_tls() -> None:
+    alert = ssl.SSLError(1, "[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 alert certificate required")
+    alert.reason = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+    wire = Wire()
+    wire.submit()
+    wire.lose(alert)
+    assert wire.attempt.result is Result.TLS
+    assert wire.attempt.error == "TLS: tlsv13 alert certificate required"
 
 
 def test_a_freed_connection_serves_a_waiting_request_but_not_one_that_needs_a_fresh_one() -> None:
@@ -762,7 +765,7 @@ def test_whatever_a_peer_sends_a_request_ends_once_and_memory_is_bounded(
     for size in [*cuts, *[65_536] * (len(stream) // 65_536 + 1)]:
         wire.feed(*filter(None, [stream[:size]]))
         stream = stream[size:]
-        assert wire.pipe.is_closing() or len(wire.connection._raw) <= 32_768 + 65_536
+        assert wire.pipe.is_closing() or len(wire.connection._raw) <= 32_768 + 4
         assert len(wire.connection._body) <= 4096
     if clean:
         wire.end()
@@ -775,3 +778,464 @@ def test_whatever_a_peer_sends_a_request_ends_once_and_memory_is_bounded(
     assert (attempt.error is None) == (attempt.result in COMPLETE)
     assert wire.origin.idle == []
     assert wire.transport.connections == set()
+
+
+# Sockets, on both event loops.
+
+
+def on_both_loops(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[Callable[[], Any]], None]:
+    """Run a test on uvloop, which production uses, and on asyncio's own loop. Unhandled errors fail it."""
+
+    async def watched() -> None:
+        complaints: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        await test()
+        gc.collect()
+        await asyncio.sleep(0)
+        assert complaints == []
+
+    @pytest.mark.parametrize("new_loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+    def run(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(watched())
+
+    run.__name__ = test.__name__
+    return run
+
+
+class Peer(asyncio.Protocol):
+    """The receiver's end of one connection."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.buffer = b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.server.peers.append(self)
+        self.server.note()
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (end := self.request_end()) is not None:
+            self.server.requests.append(self.buffer[:end])
+            self.buffer = self.buffer[end:]
+            self.server.answer(self)
+        self.server.note()
+
+    def request_end(self) -> int | None:
+        head, blank, _ = self.buffer.partition(b"\r\n\r\n")
+        if not blank:
+            return None
+        end = len(head) + 4 + int(head.rpartition(b"Content-Length: ")[2])
+        return end if len(self.buffer) >= end else None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.server.lost += 1
+        self.server.note()
+
+    def say(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def reset(self) -> None:
+        """Close with RST instead of FIN."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+
+class Server:
+    """A receiver that does what its script says, and remembers what came."""
+
+    def __init__(self, script: Callable[[Peer], None]) -> None:
+        self.answer = script
+        self.peers: list[Peer] = []
+        self.requests: list[bytes] = []
+        self.lost = 0
+        self.port = 0
+        self._changed = asyncio.Event()
+
+    def note(self) -> None:
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    def target(self, scheme: str = "http", host: str = "127.0.0.1") -> Target:
+        return GUARD.check_url(f"{scheme}://{host}:{self.port}/hook")
+
+
+@asynccontextmanager
+async def serving(script: Callable[[Peer], None], **options: Any) -> AsyncIterator[Server]:
+    server = Server(script)
+    listener = await asyncio.get_running_loop().create_server(lambda: Peer(server), "127.0.0.1", 0, **options)
+    server.port = listener.sockets[0].getsockname()[1]
+    try:
+        yield server
+    finally:
+        listener.close()
+        for peer in server.peers:
+            peer.transport.abort()
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def sending(**settings: Any) -> AsyncIterator[Transport]:
+    """A transport that must leave nothing behind."""
+    transport = Transport(settings=TransportSettings(**{"tick_s": 0.02, **settings}), guard=GUARD)
+    try:
+        yield transport
+    finally:
+        await transport.close()
+        assert transport.connections == set()
+        assert transport._dials == {}
+        assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+
+class Outcome:
+    """What one submission came to."""
+
+    def __init__(self, origin: Origin, request: bytes = REQUEST, timeout_s: float = 10.0) -> None:
+        self._future: asyncio.Future[Attempt] = asyncio.get_running_loop().create_future()
+        origin.submit(request, timeout_s, self.done, self)
+
+    def done(self, token: Any, attempt: Attempt) -> None:
+        assert token is self
+        self._future.set_result(attempt)  # which raises if called twice
+
+    @property
+    def is_known(self) -> bool:
+        return self._future.done()
+
+    def __await__(self) -> Generator[Any, None, Attempt]:
+        return self._future.__await__()
+
+
+def say_ok(peer: Peer) -> None:
+    peer.say(OK)
+
+
+@on_both_loops
+async def test_requests_in_a_row_share_a_connection_and_arrive_as_they_are() -> None:
+    async with serving(say_ok) as server, sending() as transport:
+        origin = transport.origin(server.target())
+        attempts = [await Outcome(origin) for _ in range(5)]
+        assert [attempt.result for attempt in attempts] == [Result.OK] * 5
+        assert all(attempt.sent_at > 0 for attempt in attempts)
+        assert server.requests == [REQUEST] * 5
+        assert len(server.peers) == 1
+        assert transport.attempts == 5
+        assert transport.count_connections() == {"connecting": 0, "active": 0, "idle": 1}
+
+
+@on_both_loops
+async def test_requests_at_once_get_a_connection_each_and_origins_share_none() -> None:
+    async with serving(lambda peer: None) as server, sending() as transport:
+        origins = [transport.origin(server.target()) for _ in range(2)]
+        outcomes = [Outcome(origin) for origin in origins for _ in range(4)]
+        await server.until(lambda: len(server.requests) == 8)
+        assert len(server.peers) == 8
+        assert transport.count_connections() == {"connecting": 0, "active": 8, "idle": 0}
+        for peer in server.peers:
+            peer.say(OK)
+        for outcome in outcomes:
+            assert (await outcome).result is Result.OK
+        assert [len(origin.idle) for origin in origins] == [4, 4]
+
+
+@on_both_loops
+async def test_a_connection_closed_while_idle_costs_nothing() -> None:
+    async with serving(say_ok) as server, sending() as transport:
+        origin = transport.origin(server.target())
+        await Outcome(origin)
+        server.peers[0].transport.close()
+        await server.until(lambda: server.lost == 1)
+        assert (await Outcome(origin)).result is Result.OK
+        assert len(server.peers) == 2
+
+
+@on_both_loops
+async def test_a_connection_closed_just_as_it_is_reused_costs_nothing() -> None:
+    def script(peer: Peer) -> None:
+        if len(server.requests) == 2:
+            peer.reset()
+        else:
+            peer.say(OK)
+
+    async with serving(script) as server, sending() as transport:
+        origin = transport.origin(server.target())
+        assert (await Outcome(origin)).result is Result.OK
+        assert (await Outcome(origin)).result is Result.OK
+        assert len(server.requests) == 3
+        assert len(server.peers) == 2
+        assert transport.attempts == 2
+
+
+@on_both_loops
+async def test_a_peer_that_always_closes_gets_a_request_twice_at_most() -> None:
+    def script(peer: Peer) -> None:
+        if len(server.requests) == 1:
+            peer.say(OK)
+        else:
+            peer.transport.close()
+
+    async with serving(script) as server, sending() as transport:
+        origin = transport.origin(server.target())
+        await Outcome(origin)
+        attempt = await Outcome(origin)
+        assert attempt.result is Result.CONNECT
+        assert len(server.requests) == 3
+
+
+@on_both_loops
+async def test_a_peer_that_closes_at_once_is_an_attempt() -> None:
+    for close in (Peer.reset, lambda peer: peer.transport.close()):
+        async with serving(close) as server, sending() as transport:
+            attempt = await Outcome(transport.origin(server.target()))
+            assert attempt.result is Result.CONNECT
+            assert attempt.sent_at > 0
+            assert len(server.requests) == 1
+
+
+@on_both_loops
+async def test_a_large_request_waits_for_a_slow_reader() -> None:
+    body = bytes(range(256)) * 4096
+    request = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    async with serving(say_ok) as server, sending() as transport:
+        origin = transport.origin(server.target())
+        await Outcome(origin)
+        server.peers[0].transport.pause_reading()
+        outcome = Outcome(origin, request)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not outcome.is_known
+        assert origin.idle == []
+        server.peers[0].transport.resume_reading()
+        assert (await outcome).result is Result.OK
+        assert server.requests == [REQUEST, request]
+        assert (await Outcome(origin)).result is Result.OK
+        assert len(server.peers) == 1
+
+
+@on_both_loops
+async def test_an_early_refusal_of_a_large_request_is_its_response() -> None:
+    request = b"POST / HTTP/1.1\r\nContent-Length: 16000000\r\n\r\n" + bytes(16_000_000)
+    async with serving(say_ok) as server, sending() as transport:
+        origin = transport.origin(server.target())
+        await Outcome(origin)
+        server.peers[0].transport.pause_reading()
+        outcome = Outcome(origin, request)
+        server.peers[0].say(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+        assert (await outcome).status == 413
+        assert origin.idle == []
+
+
+@on_both_loops
+async def test_nobody_there_is_a_failed_connect() -> None:
+    async with serving(say_ok) as server:
+        target = server.target()
+    async with sending() as transport:
+        attempt = await Outcome(transport.origin(target))
+        assert (attempt.result, attempt.error, attempt.sent_at) == (Result.CONNECT, "connection refused", 0.0)
+
+
+AUTHORITY = trustme.CA()
+
+
+@asynccontextmanager
+async def secured(script: Callable[[Peer], None], **settings: Any) -> AsyncIterator[tuple[Server, Transport]]:
+    """A receiver and a transport that trusts it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    AUTHORITY.issue_cert("127.0.0.1").configure_cert(context)
+    with AUTHORITY.cert_pem.tempfile() as ca_file:
+        async with serving(script, ssl=context) as server, sending(ca_file=ca_file, **settings) as transport:
+            yield server, transport
+
+
+@on_both_loops
+async def test_over_tls_all_is_the_same() -> None:
+    body = bytes(range(256)) * 4096
+    large = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    async with secured(say_ok) as (server, transport):
+        origin = transport.origin(server.target("https"))
+        for request in (REQUEST, large, REQUEST):
+            assert (await Outcome(origin, request)).result is Result.OK
+        assert server.requests == [REQUEST, large, REQUEST]
+        assert len(server.peers) == 1
+        server.peers[0].transport.close()
+        await server.until(lambda: server.lost == 1)
+        assert (await Outcome(origin)).result is Result.OK
+
+
+@on_both_loops
+async def test_an_idle_tls_connection_is_closed_after_its_time() -> None:
+    async with secured(say_ok, keepalive_s=0.05) as (server, transport):
+        await Outcome(transport.origin(server.target("https")))
+        await server.until(lambda: server.lost == 1)
+        assert transport.connections == set()
+
+
+@on_both_loops
+async def test_a_handshake_without_end_is_a_timeout() -> None:
+    async with serving(lambda peer: None) as server, sending() as transport:
+        attempt = await Outcome(transport.origin(server.target("https")), timeout_s=0.1)
+        assert (attempt.result, attempt.error) == (Result.TIMEOUT, "timed out after 0.1 s (tls)")
+        await server.until(lambda: server.lost == 1)
+
+
+@on_both_loops
+async def test_a_silent_peer_is_a_timeout() -> None:
+    async with serving(lambda peer: None) as server, sending() as transport:
+        attempt = await Outcome(transport.origin(server.target()), timeout_s=0.1)
+        assert (attempt.result, attempt.error) == (Result.TIMEOUT, "timed out after 0.1 s (headers)")
+        await server.until(lambda: server.lost == 1)
+
+
+class Stuck:
+    """A resolver that never answers."""
+
+    async def resolve(self, host: str) -> Sequence[str]:
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    async def close(self) -> None:
+        pass
+
+
+@on_both_loops
+async def test_the_deadline_covers_the_resolver() -> None:
+    async with sending() as transport:
+        transport._dialer._resolver = Stuck()
+        origin = transport.origin(GUARD.check_url("http://receiver.test/"))
+        outcomes = [Outcome(origin, timeout_s=0.1) for _ in range(12)]
+        for outcome in outcomes:
+            attempt = await outcome
+            assert (attempt.result, attempt.error) == (Result.TIMEOUT, "timed out after 0.1 s (dns)")
+
+
+@on_both_loops
+async def test_a_request_waiting_for_a_dial_takes_the_connection_that_is_free_first() -> None:
+    async with serving(lambda peer: None) as server, sending() as transport:
+        origin = transport.origin(server.target())
+        first = Outcome(origin)
+        await server.until(lambda: len(server.requests) == 1)
+
+        async def never(*args: Any) -> Connection:
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+        transport._dialer.dial = never  # type: ignore[method-assign,assignment]
+        second = Outcome(origin)
+        server.peers[0].say(OK)
+        await first
+        await server.until(lambda: len(server.requests) == 2)
+        server.peers[0].say(OK)
+        assert (await second).result is Result.OK
+        assert len(origin.dials) == 1
+
+
+@on_both_loops
+async def test_a_closed_origin_finishes_what_is_active_and_takes_no_more() -> None:
+    async with serving(lambda peer: None) as server, sending() as transport:
+        origin = transport.origin(server.target())
+        idle, active = Outcome(origin), Outcome(origin)
+        await server.until(lambda: len(server.requests) == 2)
+        server.peers[0].say(OK)
+        while not (idle.is_known or active.is_known):
+            await asyncio.sleep(0)
+        origin.close()
+        await server.until(lambda: server.lost == 1)
+        refused = await Outcome(origin)
+        assert isinstance(refused, Released)
+        server.peers[1].say(OK)
+        assert (await idle).result is Result.OK
+        assert (await active).result is Result.OK
+        await server.until(lambda: server.lost == 2)
+        assert transport.connections == set()
+
+
+@on_both_loops
+async def test_closing_ends_every_request_exactly_once() -> None:
+    async with serving(lambda peer: None) as server:
+        transport = Transport(settings=TransportSettings(), guard=GUARD)
+        answered = transport.origin(server.target())
+        served = Outcome(answered)
+        await server.until(lambda: len(server.requests) == 1)
+        server.peers[0].say(OK)
+        await served
+        active = [Outcome(transport.origin(server.target())) for _ in range(5)]
+        await server.until(lambda: len(server.requests) == 6)
+        connecting = [Outcome(transport.origin(server.target())) for _ in range(5)]
+        transport._dialer._resolver = Stuck()
+        stuck = transport.origin(GUARD.check_url("http://receiver.test/"))
+        resolving = [Outcome(stuck) for _ in range(20)]
+        await asyncio.gather(transport.close(), transport.close())
+        late = Outcome(answered)
+        await transport.close()
+        for outcome in [*active, *connecting, *resolving, late]:
+            assert isinstance(await outcome, Released)
+        assert transport.attempts == 1
+        assert transport.connections == set()
+        assert [attempt.sent_at > 0 for attempt in [await outcome for outcome in active]] == [True] * 5
+        await server.until(lambda: server.lost == len(server.peers))
+
+
+@on_both_loops
+async def test_draining_waits_for_what_is_out() -> None:
+    async with serving(lambda peer: None) as server, sending() as transport:
+        outcome = Outcome(transport.origin(server.target()))
+        await server.until(lambda: len(server.requests) == 1)
+        closing = asyncio.create_task(transport.close(drain_s=10.0))
+        await asyncio.sleep(0)
+        assert not outcome.is_known
+        server.peers[0].say(OK)
+        await closing
+        assert (await outcome).result is Result.OK
+
+
+@on_both_loops
+async def test_a_lack_of_descriptors_is_our_fault() -> None:
+    async with serving(say_ok) as server, sending() as transport:
+        origin = transport.origin(server.target())
+        opens = transport._dialer._open_socket
+
+        def exhausted(info: Any) -> socket.socket:
+            raise OSError(errno.EMFILE, "too many open files")
+
+        transport._dialer._open_socket = exhausted  # type: ignore[method-assign]
+        released = await Outcome(origin)
+        assert isinstance(released, Released)
+        assert released.error == "too many open files"
+        transport._dialer._open_socket = opens  # type: ignore[method-assign]
+        assert (await Outcome(origin)).result is Result.OK
+        assert transport.attempts == 1
+
+
+@on_both_loops
+async def test_a_refused_address_is_blocked() -> None:
+    async with sending() as transport:
+        attempt = await Outcome(transport.origin(Guard(allow=["0.0.0.0/0"]).check_url("https://10.0.0.1/")))
+        assert attempt.result is Result.BLOCKED
+        assert attempt.error is not None
+        assert "private" in attempt.error
+
+
+@on_both_loops
+async def test_many_requests_from_callbacks_all_end() -> None:
+    async with serving(say_ok) as server, sending() as transport:
+        origins = [transport.origin(server.target()) for _ in range(10)]
+        ended = asyncio.Event()
+        results: list[Result] = []
+
+        def done(origin: Origin, attempt: Attempt) -> None:
+            results.append(attempt.result)
+            if len(results) < 500:
+                origin.submit(REQUEST, 10.0, done, origin)
+            elif len(results) == 539:
+                ended.set()
+
+        for origin in origins * 4:
+            origin.submit(REQUEST, 10.0, done, origin)
+        await ended.wait()
+        assert results == [Result.OK] * 539
+        assert len(server.peers) <= 40

@@ -39,6 +39,10 @@ SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, page.* FROM (
 SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, seq, xid, id, account, type, data::text, created_at, written_at
 FROM dispatcher.outbox WHERE written_at >= $1 ORDER BY xid, seq;
 
+-- name: newest_known
+-- Beyond this sequence number nothing is settled or pending yet: from the end of an index each.
+SELECT greatest((SELECT max(event_seq) FROM dispatcher.attempt), (SELECT max(event_seq) FROM dispatcher.pending), 0);
+
 -- name: known
 -- Which of these (endpoint, event) pairs are settled or pending already.
 SELECT u.endpoint_id, u.event_seq

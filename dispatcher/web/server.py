@@ -1,0 +1,36 @@
+"""Listening."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from aiohttp import web
+
+from dispatcher.config import host_and_port
+from dispatcher.errors import ConfigurationError
+
+SHUTDOWN_S: Final = 5.0
+"""How long requests that are being answered may still take after the listener closed."""
+
+
+async def serve(app: web.Application, listen: str, *, key: str = "[server] listen") -> web.AppRunner:
+    """Serve `app` at `listen` ("host:port"; port 0 takes a free one, `runner.addresses` says which).
+
+    The runner's `cleanup` ends it. Raises ConfigurationError, naming `key`, when nobody can listen there.
+    """
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
+    await runner.setup()
+    try:
+        host, port = host_and_port(listen)
+        await web.TCPSite(runner, host, port).start()
+    except (OSError, ValueError) as error:
+        await runner.cleanup()
+        raise ConfigurationError([f'{key} = "{listen}": cannot listen there: {_reason(error)}']) from None
+    return runner
+
+
+def _reason(error: OSError | ValueError) -> str:
+    # asyncio repeats the address in a sentence of its own around what the system says.
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number).lower() if number is not None and number > 0 else str(error)

@@ -1,0 +1,384 @@
+"""`/v1/webhooks`: what a webhook may be, and the calls that make it so.
+
+In an answer every setting has the value in effect: where the owner set none, that of the configuration. Only
+`rate_limit` can then be null, and means no limit. `retry` is the list of delays, unless it is a preset whose name says
+as much.
+
+Changes are decided on a version, which is also the ETag, and written only if the webhook still has it. With If-Match
+that is the caller's to know (412); without, a change that came in between is read and the decision made again, so
+nobody overwrites what they have not seen.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Final
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, Meta, UnsetType
+
+from dispatcher.core.backoff import PRESETS, RETRIES_MAX, format_duration, parse_duration, parse_schedule
+from dispatcher.core.headers import HeadersRefused, check_headers
+from dispatcher.core.signing import new_secret
+from dispatcher.errors import AddressRefused
+from dispatcher.model import BodyStyle, EndpointStatus
+from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, EndpointRecord
+from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
+from dispatcher.web.auth import caller
+from dispatcher.web.bodies import Check, expecting, read_body
+from dispatcher.web.parts import Web
+from dispatcher.web.problems import FieldError, Problem, not_found
+
+EVENTS_MAX: Final = 100
+DESCRIPTION_MAX: Final = 1024
+SECRET_MAX: Final = 256
+SECRET_RANDOM_BYTES: Final = 32
+CHANGE_TRIES: Final = 3  # a version is lost only to somebody who won it
+
+DEFAULT: Final = "default"  # the configured schedule, by name
+NEW: Final = EndpointChange(
+    url="",
+    description="",
+    events=[],
+    headers={},
+    body_style=BodyStyle.COMPACT,
+    retry=None,
+    max_concurrency=None,
+    rate_limit=None,
+    ordered=False,
+    timeout_s=None,
+)
+"""A webhook of which nothing was said."""
+
+_has_controls: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]").search
+
+_URL: Final = expecting("an https URL, like https://example.com/webhooks")
+_EVENTS: Final = expecting(f'a list of 1 to {EVENTS_MAX} event types, like ["email.delivered", "email.*"]')
+Events = Annotated[list[str], Meta(min_length=1, max_length=EVENTS_MAX)]
+
+
+class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a call may say about a webhook. Null resets a setting to its default; a secret of null means unsigned."""
+
+    secret: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=SECRET_MAX)] | UnsetType | None,
+        expecting(f"text of 1 to {SECRET_MAX} printable characters, or null for requests without a signature"),
+    ] = UNSET
+    description: Annotated[
+        Annotated[str, Meta(max_length=DESCRIPTION_MAX)] | UnsetType | None,
+        expecting(f"text of at most {DESCRIPTION_MAX} characters"),
+    ] = UNSET
+    headers: Annotated[dict[str, str] | UnsetType | None, expecting("an object of texts")] = UNSET
+    body_style: Annotated[BodyStyle | UnsetType | None, expecting('"compact" or "python"')] = UNSET
+    retry: Annotated[
+        str | list[str | float] | UnsetType | None,
+        expecting(f'one of {", ".join(PRESETS)}, or a list of at most {RETRIES_MAX} delays like ["1m", 90, "1h"]'),
+    ] = UNSET
+    max_concurrency: Annotated[
+        Annotated[int, Meta(ge=1)] | UnsetType | None, expecting("a whole number of at least 1")
+    ] = UNSET
+    # The slowest is one request in 17 minutes; far less would be a division by next to nothing.
+    rate_limit: Annotated[
+        Annotated[float, Meta(ge=0.001, le=10_000)] | UnsetType | None,
+        expecting("a number of requests per second from 0.001 to 10000, or null for no limit"),
+    ] = UNSET
+    ordered: Annotated[bool | UnsetType | None, expecting("true or false")] = UNSET
+    # No answer comes in less than a tenth of a second for long; five minutes is where the configuration ends, too.
+    timeout_s: Annotated[
+        Annotated[float, Meta(ge=0.1, le=300)] | UnsetType | None, expecting("a number of seconds from 0.1 to 300")
+    ] = UNSET
+
+
+class NewWebhook(Settings, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/webhooks."""
+
+    url: Annotated[str, _URL]
+    events: Annotated[Events, _EVENTS]
+
+
+class WebhookPatch(Settings, kw_only=True, forbid_unknown_fields=True):
+    """The body of PATCH /v1/webhooks/{id}: what is not in it stays. A secret replaces the old one at once."""
+
+    url: Annotated[str | UnsetType, _URL] = UNSET
+    events: Annotated[Events | UnsetType, _EVENTS] = UNSET
+
+
+class WebhookAnswer(msgspec.Struct, kw_only=True):
+    """A webhook as its owner reads it. `secret` is there only when it was just made."""
+
+    id: str
+    url: str
+    description: str
+    events: list[str]
+    status: EndpointStatus
+    disabled_reason: str | None
+    signed: bool
+    secret: str | UnsetType | None = UNSET
+    headers: dict[str, str]
+    body_style: BodyStyle
+    retry: str | list[str]
+    max_concurrency: int
+    rate_limit: float | None
+    ordered: bool
+    timeout_s: float
+    created_at: str | None
+    updated_at: str | None
+    failing_since: str | None
+    last_error: str | None
+
+
+class Webhooks:
+    """The calls."""
+
+    def __init__(self, parts: Web) -> None:
+        self._web = parts
+
+    def routes(self) -> list[web.RouteDef]:
+        """Paths below /v1."""
+        one = "/webhooks/{id:[A-Za-z0-9_-]{1,64}}"
+        return [
+            web.post("/webhooks", self.create),
+            web.get("/webhooks", self.browse),
+            web.get(one, self.get),
+            web.patch(one, self.update),
+            web.delete(one, self.delete),
+            web.post(f"{one}/pause", self.pause),
+            web.post(f"{one}/resume", self.resume),
+            web.get(f"{one}/secret", self.secret),
+        ]
+
+    async def create(self, request: web.Request) -> web.Response:
+        """Register a webhook: 201 with the secret, made here unless one was given."""
+        no_query(request)
+        body = await read_body(request, NewWebhook, self._checks())
+        secret = body.secret
+        if isinstance(secret, UnsetType):
+            secret = new_secret(secrets.token_bytes(SECRET_RANDOM_BYTES))
+        record = await self._web.endpoints.create(caller(request).account_id, merged(NEW, body), secret)
+        return self._answer(record, 201, {"Location": f"/v1/webhooks/{record.id}"}, secret)
+
+    async def browse(self, request: web.Request) -> web.Response:
+        """The account's webhooks, newest first."""
+        part = wanted(request)
+        found = await self._web.endpoints.list(
+            caller(request).account_id, limit=part.limit + 1, after=part.after, before=part.before
+        )
+        records, next_cursor = cut(found, part)
+        return page([shown(record, self._web.defaults) for record in records], next_cursor)
+
+    async def get(self, request: web.Request) -> web.Response:
+        """One webhook, with its version as ETag."""
+        no_query(request)
+        return self._answer(await self._current(request))
+
+    async def update(self, request: web.Request) -> web.Response:
+        """Change some settings."""
+        no_query(request)
+        patch = await read_body(request, WebhookPatch, self._checks())
+        for _ in range(CHANGE_TRIES):
+            current = await self._current(request)
+            change = merged(settings(current), patch)
+            if change == settings(current) and patch.secret is UNSET:
+                return self._answer(current)
+            record = await self._web.endpoints.update(
+                caller(request).account_id, current.id, change, secret=patch.secret, version=current.version
+            )
+            if record is not None:
+                return self._answer(record)
+        raise _contended()
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """Remove a webhook and what waits for it: 204."""
+        no_query(request)
+        for _ in range(CHANGE_TRIES):
+            current = await self._current(request)
+            if await self._web.endpoints.delete(caller(request).account_id, current.id, version=current.version):
+                return web.Response(status=204)
+        raise _contended()
+
+    async def pause(self, request: web.Request) -> web.Response:
+        """Stop new attempts and hold what comes. Pausing twice is no mistake; pausing what is disabled is."""
+        no_query(request)
+        for _ in range(CHANGE_TRIES):
+            current = await self._current(request)
+            if current.status is EndpointStatus.DISABLED:
+                raise Problem(409, "webhook_disabled", "A disabled webhook receives nothing: resume it first.")
+            if current.status is EndpointStatus.PAUSED:
+                return self._answer(current)
+            account_id = caller(request).account_id
+            record = await self._web.endpoints.pause(account_id, current.id, version=current.version)
+            if record is not None:
+                return self._answer(record)
+        raise _contended()
+
+    async def resume(self, request: web.Request) -> web.Response:
+        """Send again, what was held first; re-activates a disabled webhook too."""
+        no_query(request)
+        for _ in range(CHANGE_TRIES):
+            current = await self._current(request)
+            if current.status is EndpointStatus.ACTIVE:
+                return self._answer(current)
+            account_id = caller(request).account_id
+            record = await self._web.endpoints.resume(account_id, current.id, version=current.version)
+            if record is not None:
+                return self._answer(record)
+        raise _contended()
+
+    async def secret(self, request: web.Request) -> web.Response:
+        """The signing secret; null when the webhook is unsigned."""
+        no_query(request)
+        found = await self._web.endpoints.secret(caller(request).account_id, request.match_info["id"])
+        if found is None:
+            raise not_found("webhook")
+        return answer({"secret": found.current})
+
+    async def _current(self, request: web.Request) -> EndpointRecord:
+        """The webhook of the path, if it is the caller's (else 404) and what If-Match names (else 412)."""
+        record = await self._web.endpoints.get(caller(request).account_id, request.match_info["id"])
+        if record is None:
+            raise not_found("webhook")
+        tags = request.if_match
+        matches = {"*", str(record.version)}
+        if tags is not None and not any(tag.value in matches and not tag.is_weak for tag in tags):
+            detail = "The webhook has changed since: read it again."
+            raise Problem(412, "precondition_failed", detail, headers={"ETag": _etag(record)})
+        return record
+
+    def _answer(
+        self,
+        record: EndpointRecord,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        secret: str | UnsetType | None = UNSET,
+    ) -> web.Response:
+        document = shown(record, self._web.defaults, secret)
+        return answer(document, status, {"ETag": _etag(record), **(headers or {})})
+
+    def _checks(self) -> dict[str, Check]:
+        return {
+            "url": self._check_url,
+            "events": self._check_events,
+            "secret": _check_secret,
+            "description": _check_description,
+            "headers": self._check_headers,
+            "retry": _check_retry,
+            "max_concurrency": self._check_max_concurrency,
+        }
+
+    def _check_url(self, url: str) -> Iterator[FieldError]:
+        try:
+            self._web.guard.check_url(url)
+        except AddressRefused as refused:
+            yield FieldError("url", str(refused))
+
+    def _check_events(self, events: list[str]) -> Iterator[FieldError]:
+        for place, text in enumerate(events):
+            message = self._web.catalogue.check_filter(text)
+            if message is not None:
+                yield FieldError(f"events[{place}]", message)
+
+    def _check_headers(self, headers: dict[str, str]) -> Iterator[FieldError]:
+        try:
+            check_headers(headers, self._web.header_prefix)
+        except HeadersRefused as refused:
+            yield from (FieldError(field, message) for field, message in refused.problems)
+
+    def _check_max_concurrency(self, most: int) -> Iterator[FieldError]:
+        ceiling = self._web.defaults.max_concurrency
+        if most > ceiling:
+            yield FieldError("max_concurrency", f"expected a whole number from 1 to {ceiling}")
+
+
+def merged(old: EndpointChange, said: NewWebhook | WebhookPatch) -> EndpointChange:
+    """`old` with what a body says, which was checked."""
+    change: dict[str, Any] = {}
+    for name in EndpointChange.__struct_fields__:
+        value = getattr(said, name)
+        if value is not UNSET:
+            change[name] = getattr(NEW, name) if value is None else value
+    if "events" in change:
+        change["events"] = list(dict.fromkeys(change["events"]))
+    if "headers" in change:
+        change["headers"] = {name: value.strip(" \t") for name, value in change["headers"].items()}
+    if "retry" in change:
+        change["retry"] = _stored_retry(change["retry"])
+    return msgspec.structs.replace(old, **change)
+
+
+def settings(record: EndpointRecord) -> EndpointChange:
+    """A webhook's settings alone."""
+    return EndpointChange(**{name: getattr(record, name) for name in EndpointChange.__struct_fields__})
+
+
+def shown(record: EndpointRecord, defaults: EndpointDefaults, secret: str | UnsetType | None = UNSET) -> WebhookAnswer:
+    """A webhook with every setting as it is in effect."""
+    return WebhookAnswer(
+        id=record.id,
+        url=record.url,
+        description=record.description,
+        events=record.events,
+        status=record.status,
+        disabled_reason=record.disabled_reason,
+        signed=record.signed,
+        secret=secret,
+        headers=record.headers,
+        body_style=record.body_style,
+        retry=_shown_retry(defaults.schedule_s if record.retry is None else record.retry),
+        max_concurrency=min(record.max_concurrency or defaults.max_concurrency, defaults.max_concurrency),
+        rate_limit=record.rate_limit,
+        ordered=record.ordered,
+        timeout_s=record.timeout_s or defaults.timeout_s,
+        created_at=moment(record.created_at),
+        updated_at=moment(record.updated_at),
+        failing_since=moment(record.failing_since),
+        last_error=record.last_error,
+    )
+
+
+def _shown_retry(retry: str | Iterable[float]) -> str | list[str]:
+    return retry if isinstance(retry, str) else [format_duration(delay_s) for delay_s in retry]
+
+
+def _stored_retry(retry: str | list[str | float] | None) -> str | list[float] | None:
+    if retry is None or retry == DEFAULT:
+        return None
+    return retry if isinstance(retry, str) else list(parse_schedule(retry))
+
+
+def _check_secret(secret: str) -> Iterator[FieldError]:
+    if not secret.isprintable():
+        yield FieldError("secret", "expected printable characters: no line breaks, no controls")
+
+
+def _check_description(description: str) -> Iterator[FieldError]:
+    if _has_controls(description):
+        yield FieldError("description", "expected text without control characters")
+
+
+def _check_retry(retry: str | list[str | float]) -> Iterator[FieldError]:
+    found = list(_wrong_delays(retry)) if isinstance(retry, list) else []
+    yield from found
+    if not found:
+        try:
+            parse_schedule(retry)
+        except ValueError as error:
+            yield FieldError("retry", str(error))
+
+
+def _wrong_delays(delays: list[str | float]) -> Iterator[FieldError]:
+    for place, delay in enumerate(delays[:RETRIES_MAX]):
+        try:
+            parse_duration(delay)
+        except ValueError as error:
+            yield FieldError(f"retry[{place}]", str(error))
+
+
+def _etag(record: EndpointRecord) -> str:
+    return f'"{record.version}"'
+
+
+def _contended() -> Problem:
+    return Problem(409, "conflict", "The webhook is being changed by others at this moment. Try again.")
