@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -112,8 +112,8 @@ def run(config_file: Path | None, wait: bool) -> None:
 
 
 @contextlib.contextmanager
-def _ending_on_sigterm() -> Any:
-    """SIGTERM before the daemon listens for it, and after, ends this task in order: an embedded PostgreSQL is stopped."""
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends this task in order until the daemon listens for it: an embedded PostgreSQL is stopped."""
     import signal
 
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -131,7 +131,9 @@ def _ending_on_sigterm() -> Any:
         "dispatcher demo --once           a self-test: exit code 0 if everything arrived and was verified",
     )
 )
-@click.option("--once", is_flag=True, help="Stop after the last delivery: 0 if all were delivered and verified, else 1.")
+@click.option(
+    "--once", is_flag=True, help="Stop after the last delivery: 0 if all were delivered and verified, else 1."
+)
 @click.option("--port", type=click.IntRange(0, 65535), help="Of API and dashboard. [default: 8480, or a free one]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each delivery.")
 def demo(once: bool, port: int | None, as_json: bool) -> None:
@@ -230,7 +232,9 @@ def keys() -> None:
     """API keys of the accounts."""
 
 
-@keys.command("create", epilog=examples("dispatcher keys create --account acme", "dispatcher keys create --account acme --test"))
+@keys.command(
+    "create", epilog=examples("dispatcher keys create --account acme", "dispatcher keys create --account acme --test")
+)
 @click.option("--account", required=True, metavar="NAME", help="Whose key; the account is made if it is new.")
 @click.option("--test", is_flag=True, help="A key for trying out: tp_test_… instead of tp_live_….")
 @config_option
@@ -322,15 +326,19 @@ def _key_fields(record: Any) -> dict[str, Any]:
     )
 )
 @click.argument("type_", metavar="TYPE")
-@click.option("--data", required=True, metavar="JSON|@FILE|-", help="An object: itself, from a file, or from standard input.")
+@click.option(
+    "--data", required=True, metavar="JSON|@FILE|-", help="An object: itself, from a file, or from standard input."
+)
 @click.option("--account", default="default", show_default=True, metavar="NAME", help="Whose event it is.")
 @click.option(
-    "--idempotency-key", metavar="KEY", help="Used again within 24 hours with the same data, it returns the first event."
+    "--idempotency-key",
+    metavar="KEY",
+    help="Used again within 24 hours with the same data, it returns the first event.",
 )
 @config_option
 @json_option
 def emit(
-    type_: str, data: str, account: str, idempotency_key: str | None, config_file: Path | None, as_json: bool
+    *, type_: str, data: str, account: str, idempotency_key: str | None, config_file: Path | None, as_json: bool
 ) -> None:
     """Write one event through the outbox and print its id.
 
@@ -374,7 +382,11 @@ def _check_event(type_: str, data: str) -> None:
         refuse(str(reason), "--data")
 
 
-@main.command(epilog=examples("dispatcher status", "dispatcher status --watch", "dispatcher status --json | jq '.instances[].in_flight'"))
+@main.command(
+    epilog=examples(
+        "dispatcher status", "dispatcher status --watch", "dispatcher status --json | jq '.instances[].in_flight'"
+    )
+)
 @click.option("--watch", "-w", is_flag=True, help="Keep looking, until Ctrl-C.")
 @config_option
 @json_option

@@ -16,6 +16,7 @@ Imports stay late: `--help` is instant because nothing is loaded for it but clic
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -41,24 +42,31 @@ LINE_BREAK: Final = "\n"
 HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-
 class Failure(click.ClickException):
     """Ends a command: a message for people and an exit code for programs."""
 
     def __init__(self, message: str, exit_code: int = FAILED) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]  # click means it to be set either way
 
 
 class Program(click.Group):
     """A command line whose every end is an orderly one."""
 
-    def main(self, *args: Any, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run, and leave the process with the exit code."""
-        if not extra.pop("standalone_mode", True):
-            return super().main(*args, standalone_mode=False, **extra)
+        run = functools.partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
+        if not standalone_mode:
+            return run()
         try:
-            outcome = super().main(*args, standalone_mode=False, **extra)
+            outcome = run()
             sys.stdout.flush()
         except Exception as error:  # noqa: BLE001  the outermost place: what is unknown is told as a fault of ours
             sys.exit(_report(error))
@@ -69,7 +77,13 @@ class Program(click.Group):
 
 def _report(error: Exception) -> int:
     """Say what went wrong; return the exit code it stands for."""
-    from dispatcher.errors import ConfigurationError, DatabaseUnreachable, DispatcherError, EmbeddedError, SchemaMismatch
+    from dispatcher.errors import (
+        ConfigurationError,
+        DatabaseUnreachable,
+        DispatcherError,
+        EmbeddedError,
+        SchemaMismatch,
+    )
 
     match error:
         case click.Abort():
@@ -227,7 +241,9 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON. Also what standard output gets when it is not a terminal."
 )
 
-debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback for faults of this program.")
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show a traceback for faults of this program."
+)
 
 
 def text_argument(value: str, param_hint: str) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dispatcher.config import Config
 
 LOOK_S: Final = 0.25
+_COLUMNS: Final = ("id", "host", "pid", "role", "version", "started_at", "heartbeat_at")
 FRESH_S: Final = 1.6  # a heartbeat is due each second: without another one by then, there are no rates to tell
 
 
@@ -84,8 +85,7 @@ def _instance(row: Any) -> Instance:
     document = json.loads(row["snapshot"])
     # Of another version of this program while one replaces the other: what it does not know stays at its default.
     snapshot = msgspec.convert(document, Snapshot)
-    fields = ("id", "host", "pid", "role", "version", "started_at", "heartbeat_at")
-    return Instance(*(row[field] for field in fields), document, snapshot)
+    return Instance(document=document, snapshot=snapshot, **{name: row[name] for name in _COLUMNS})
 
 
 async def _next(connection: Any, before: Mapping[str, Instance]) -> dict[str, Instance]:
@@ -135,8 +135,7 @@ def document(now: Mapping[str, Instance], before: Mapping[str, Instance]) -> dic
 def _fields(instance: Instance, before: Instance | None) -> dict[str, Any]:
     found = rates(instance, before)
     return {
-        **{name: getattr(instance, name) for name in ("id", "host", "pid", "role", "version", "started_at")},
-        "heartbeat_at": instance.heartbeat_at,
+        **{name: getattr(instance, name) for name in _COLUMNS},
         "per_second": None if found is None else {k: round(v, 3) for k, v in dataclasses.asdict(found).items()},
         **{name: value for name, value in instance.document.items() if name != "role"},
     }
@@ -191,13 +190,12 @@ def _figures(s: Snapshot, now: Rates | None) -> Any:
     table = Table.grid(padding=(0, 2))
     for column in range(6):
         table.add_column(style=None if column % 2 else "bright_black", justify="right" if column % 2 else "left")
-    rate = (lambda value: f"{value:,.1f}/s") if now else (lambda _: "–")
     latency = s.delivery_latency.quantile(0.5) if s.delivery_latency else None
     late = s.delivery_latency.quantile(0.99) if s.delivery_latency else None
     figures = [
-        ("events", rate(now and now.events)), ("in flight", f"{s.in_flight:,}"), ("lag", _duration(s.outbox_lag_s)),
-        ("delivered", rate(now and now.delivered)), ("queued", f"{s.queued:,}"), ("backlog", f"{s.outbox_backlog:,}"),
-        ("failed attempts", rate(now and now.failed)), ("retries waiting", f"{s.retries_waiting:,}"),
+        ("events", _rate(now and now.events)), ("in flight", f"{s.in_flight:,}"), ("lag", _duration(s.outbox_lag_s)),
+        ("delivered", _rate(now and now.delivered)), ("queued", f"{s.queued:,}"), ("backlog", f"{s.outbox_backlog:,}"),
+        ("failed attempts", _rate(now and now.failed)), ("retries waiting", f"{s.retries_waiting:,}"),
         ("oldest pending", _duration(s.oldest_pending_s)),
         ("delivered so far", f"{s.deliveries.get('delivered', 0):,}"),
         ("exhausted", f"{s.deliveries.get('exhausted', 0):,}"), ("latency p50 ≤", _duration(latency)),
@@ -208,6 +206,10 @@ def _figures(s: Snapshot, now: Rates | None) -> Any:
     for start in range(0, len(figures), 3):
         table.add_row(*(text for figure in figures[start : start + 3] for text in figure))
     return table
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.1f}/s"
 
 
 def _worst(s: Snapshot) -> list[Any]:
@@ -233,4 +235,3 @@ def _duration(seconds: float | None) -> str:
         if seconds < limit:
             return f"{seconds / divisor:.3g} {unit}"
     return f"{seconds / 86_400:.3g} d"
-

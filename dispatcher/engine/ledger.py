@@ -10,8 +10,8 @@ written is that of the oldest page not wholly resolved, so it never passes a del
 stand now, and the wheel compares them with its frontier.
 
 **Edge.** A connection cut in the middle of a commit leaves the batch in doubt. It is kept, with its number; on the next
-connection the shard's row says whether that number arrived, and the batch is dropped or sent again: no attempt is ever
-logged twice. When too much is buffered, `full` stops the dispatching: lanes fill, the reader stops.
+connection it is sent again, and PostgreSQL, which knows the number of the last one, writes it or finds it written: no attempt
+is ever logged twice. When too much is buffered, `full` stops the dispatching: lanes fill, the reader stops.
 
 **Source.** Group commit: Gawlick and Kinkade, "Varieties of Concurrency Control in IMS/VS Fast Path" (1985).
 """
@@ -39,6 +39,8 @@ HELD_UNTIL: Final = datetime.max
 BATCH_ROWS_MAX: Final = 1000  # 2 µs a row in PostgreSQL: 2-3 ms, short beside the fsync it shares
 DELAY_S: Final = 0.010  # what a success may wait for company; at 100 rows/s still one row in a batch of one
 CURSOR_DELAY_S: Final = 0.5  # a cursor that moved with nothing to write beside it
+ERROR_CHARS_MAX: Final = 500  # of an error's text: it may quote what a peer sent
+DURATION_US_MAX: Final = 2**31 - 1  # PostgreSQL's integer ends here
 
 _DELIVERED: Final = DeliveryState.DELIVERED.value
 _DISCARDED: Final = DeliveryState.DISCARDED.value
@@ -70,6 +72,7 @@ class Committed:
 
     due: list[tuple[DeliveryKey, datetime]]  # pending rows with a time
     left: list[DeliveryKey]  # deliveries no longer in memory
+    parked: list[Subscriber]  # whose held rows can be pulled from now on
 
 
 class Ledger:
@@ -81,6 +84,8 @@ class Ledger:
         self._buffered_max = buffered_max
         self._open = _Open()
         self._doubt: tuple[Batch, _Open] | None = None  # sent, and nobody knows whether it arrived
+        self._number = 0  # of the last batch
+        self._finishing = False
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._urgent = False
@@ -112,7 +117,8 @@ class Ledger:
         else:
             row = (
                 event.seq, event.xid, endpoint_id, delivery.generation, number, state, attempt.result.value,
-                attempt.status or None, int(attempt.duration_s * 1e6), error, attempt.head, attempt.body,
+                attempt.status or None, min(int(attempt.duration_s * 1e6), DURATION_US_MAX), _storable(error), attempt.head,
+                attempt.body,
             )  # fmt: skip
         self._open.attempts.append(row)
         self._resolve(delivery)
@@ -124,7 +130,7 @@ class Ledger:
         """Write a delivery's pending row. Unless it is a straggler's, the delivery leaves memory with it."""
         event, key = delivery.event, delivery.key
         opened = self._open
-        opened.pending[key] = (*key, event.xid, event.written_at, state, delivery.attempts, due, error)
+        opened.pending[key] = (*key, event.xid, event.written_at, state, delivery.attempts, due, _storable(error))
         if not straggler:
             opened.left.append(key)
             if due is HELD_UNTIL:
@@ -175,10 +181,15 @@ class Ledger:
             exhausted = old.exhausted_at if old else None
             if exhausted is None and state == _EXHAUSTED:
                 exhausted = now
-            new = EndpointHealth(endpoint.id, since, exhausted, error)
+            new = EndpointHealth(endpoint.id, since, exhausted, _storable(error))
             if old and old.failing_since and old.exhausted_at == exhausted:
                 return
         self._health[endpoint.id] = self._open.health[endpoint.id] = new
+
+    def forgive(self, endpoint_id: int) -> None:
+        """A webhook was resumed: its owner has mended it, and its row is gone."""
+        self._health.pop(endpoint_id, None)
+        self._open.health.pop(endpoint_id, None)
 
     def load_health(self, health: dict[int, EndpointHealth]) -> None:
         """Start from what is in the database."""
@@ -211,13 +222,20 @@ class Ledger:
     # ── the loop ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def run(self, shard: ShardStore, endpoints: Any, epoch: int) -> None:
-        """Flush until cancelled. Raises Fenced, or whatever broke the connection; the batch in doubt is kept."""
-        while True:
+        """Flush until told to finish. Raises Fenced, or whatever broke the connection; the batch in doubt is kept."""
+        self._finishing = False
+        while not self._finishing:
             await self._wake.wait()
             await self.flush(shard, endpoints, epoch)
 
-    async def flush(self, shard: ShardStore, endpoints: Any, epoch: int, *, number: int | None = None) -> None:
+    def finish(self) -> None:
+        """Let `run` write what is there and return. Cancelling it instead would leave a batch in doubt."""
+        self._finishing = True
+        self._wake.set()
+
+    async def flush(self, shard: ShardStore, endpoints: Any, epoch: int) -> None:
         """Write everything collected so far. `endpoints` is the store of webhooks."""
+        assert self._doubt is None, "a batch in doubt is settled before the next one"
         self._wake.clear()
         self._urgent = False
         if self._timer is not None:
@@ -229,7 +247,7 @@ class Ledger:
         cursor = self.cursor()
         if not opened.rows and not opened.settled and cursor == self._written and not opened.disabled and not opened.health:
             return
-        self._number = self._number + 1 if number is None else number
+        self._number += 1
         batch = Batch(
             self._number,
             opened.attempts,
@@ -239,37 +257,35 @@ class Ledger:
             cursor,
         )
         self._doubt = (batch, opened)
-        await self._send(shard, endpoints, epoch, batch, opened)
+        with self._telemetry.timed("flush"):
+            is_new = await self._send(shard, endpoints, epoch, batch, opened)
+        assert is_new, f"batch {batch.number} was written by somebody else in our epoch"
 
-    _number = 0
-
-    async def _send(self, shard: ShardStore, endpoints: Any, epoch: int, batch: Batch, opened: _Open) -> None:
+    async def _send(self, shard: ShardStore, endpoints: Any, epoch: int, batch: Batch, opened: _Open) -> bool:
         if opened.disabled or opened.health:
             await endpoints.learn(opened.disabled, list(opened.health.values()))
-        with self._telemetry.timed("flush"):
-            await shard.flush(epoch, batch)
+        is_new = await shard.flush(epoch, batch)
         self._telemetry.settle_batch_size.observe(len(batch.attempts))
         self._committed(batch, opened)
+        return is_new
 
     def _committed(self, batch: Batch, opened: _Open) -> None:
         self._doubt = None
         self._written = batch.cursor or self._written
         for subscriber, seq, generation in opened.parked:
             subscriber.unflushed -= 1
-            subscriber.after = min(subscriber.after, (seq, generation - 1))
+            subscriber.rewind((seq, generation - 1))
         due = [(key, row[7]) for key, row in opened.pending.items() if row[7] is not HELD_UNTIL]
-        self.on_commit(Committed(due, opened.left))
+        parked = list({id(parked[0]): parked[0] for parked in opened.parked}.values()) if opened.parked else []
+        self.on_commit(Committed(due, opened.left, parked))
 
     async def resume(self, shard: ShardStore, endpoints: Any, epoch: int, last_batch: int) -> None:
-        """On a new connection, before anything else: settle the batch in doubt. `last_batch` is the shard's."""
+        """On a new connection, before anything else: settle the batch in doubt, if there is one, else count on from the shard's."""
         self._written = None
         if self._doubt is None:
             self._number = last_batch
             return
         batch, opened = self._doubt
-        if last_batch == batch.number:
-            self._committed(batch, opened)
-            return
         # Whose transaction ids the next cursor holds is decided after this; until then it stays where it is.
         batch.cursor = None
         await self._send(shard, endpoints, epoch, batch, opened)
@@ -281,3 +297,10 @@ class Ledger:
             for subscriber, _, _ in each.parked:
                 subscriber.unflushed -= 1
         self._open, self._doubt, self._health = _Open(), None, {}
+
+
+def _storable(error: str | None) -> str | None:
+    """What of an error's text PostgreSQL takes: no NUL, no lone surrogate, of bounded length."""
+    if error is None:
+        return None
+    return error[:ERROR_CHARS_MAX].replace("\0", "\ufffd").encode("utf-8", "replace").decode()

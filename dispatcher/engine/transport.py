@@ -182,6 +182,11 @@ class Connection(asyncio.Protocol):
         """It carries a request."""
         return self._request is not None
 
+    @property
+    def is_idle(self) -> bool:
+        """It is in its origin's pool."""
+        return self._request is None and self.deadline < math.inf
+
     # What the origin asks for.
 
     def send(self, request: Request, now: float) -> None:
@@ -227,7 +232,7 @@ class Connection(asyncio.Protocol):
         self._write = transport.write  # type: ignore[attr-defined]
         self._parser = httptools.HttpResponseParser(self)
         self._feed: Callable[[bytes], None] = self._parser.feed_data
-        self._origin.client.connections.add(self)
+        self._origin.client.opened(self)
 
     def data_received(self, data: bytes) -> None:
         """Parse, finish if complete, else check the bounds."""
@@ -253,28 +258,27 @@ class Connection(asyncio.Protocol):
             self._check_bounds(request)
 
     def eof_received(self) -> None:
-        """The peer sends no more. The event loop closes the connection next."""
-        request = self._request
-        if request is None:
-            self._origin.forget(self)
-        elif self._status and not _is_framed(self._head()):
-            self._finish(request)  # the connection's end is the body's
+        """The peer sends no more, so nothing can come of what we might still send."""
+        self._origin.forget(self)
+        self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone: send a stale one's request once more, or tell what was cut off."""
+        """It is gone: the end of some bodies, of a stale connection, or of all hope for the request."""
         origin, request = self._origin, self._request
         # Parser and connection hold each other, as do the transport and its bound method: part them here, so that
         # nothing of a connection waits for the garbage collector.
         self._parser = self._transport = None
         self._write = self._feed = _write_nothing
+        origin.client.lost(self)
         if request is None:
             origin.forget(self)
         elif self._reused and not self._received and not request.resent:
             self._request = None
             origin.resend(request)
+        elif exc is None and self._status and not _is_framed(self._head()):
+            self._finish(request)
         else:
             self._break(request, *self._loss(exc))
-        origin.client.lost(self)
 
     def pause_writing(self) -> None:
         """More of the request waits than the socket takes."""
@@ -498,11 +502,11 @@ class Origin:
     def take_back(self, connection: Connection, now: float) -> None:
         """`connection` is free again, and fit for another request."""
         if self.waiting and not self.waiting[0].resent:
-            connection.send(self.waiting.popleft(), now)
+            self._serve(connection)
         elif self.closed:
             connection.retire()
         else:
-            connection.deadline = now + self.client.settings.keepalive_s
+            connection.deadline = now + self.keepalive_s
             self.idle.append(connection)
 
     def forget(self, connection: Connection) -> None:
@@ -533,9 +537,9 @@ class Origin:
         if not connection.is_open:
             self.disappoint(DialFailed(Result.CONNECT, "connection closed before the request was sent"))
         elif self.waiting:
-            connection.send(self.waiting.popleft(), self.client.time())
+            self._serve(connection)
         else:
-            self.take_back(connection, self.client.time())
+            self.take_back(connection, self.time())
 
     def disappoint(self, failure: BaseException) -> None:
         """A dial came to nothing. The oldest request shares its fate, unless the other dials suffice for all."""
@@ -555,6 +559,11 @@ class Origin:
         """Give up the requests that wait, for a reason of ours."""
         while self.waiting:
             self.settle(self.waiting.popleft(), Released(reason))
+
+    def _serve(self, connection: Connection) -> None:
+        """Give the oldest request to `connection`. It leaves the queue last, so that no error can lose it."""
+        connection.send(self.waiting[0], self.time())
+        self.waiting.popleft()
 
     def _wait(self, request: Request) -> None:
         if self.closed:
@@ -596,7 +605,8 @@ class Transport:
         self._dials: dict[Dial, Origin] = {}
         self._dial_queue: collections.deque[Origin] = collections.deque()  # round robin
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
+        self._closed = False  # to new requests
+        self._released = False  # and the old ones were given up
         self._quiet = asyncio.Event()  # closed, and nothing is left
 
     def __repr__(self) -> str:
@@ -638,6 +648,7 @@ class Transport:
         await asyncio.sleep(0)  # what was settled is told in the next turn
 
     def _release_all(self, reason: str) -> None:
+        self._released = True
         for origin in self._short_origins():
             origin.release_waiting(reason)
         self._dial_queue.clear()
@@ -657,6 +668,11 @@ class Transport:
             self._dial_next()
         if self._timer is None:
             self._arm()
+
+    def opened(self, connection: Connection) -> None:
+        """`connection` is there."""
+        if not self._released:  # else its dial was given up at the last moment, and the dialer will close it
+            self.connections.add(connection)
 
     def lost(self, connection: Connection) -> None:
         """`connection` is gone."""
@@ -705,7 +721,7 @@ class Transport:
         """The origins that may have requests waiting: such an origin dials or is queued for it."""
         return {*self._dials.values(), *self._dial_queue}
 
-    # The clock. It runs while there is a connection or a dial, and costs 14 ns a connection and tick.
+    # The clock. It runs while there is a connection or a dial, and costs 20 ns a connection and tick.
 
     def _arm(self) -> None:
         busy = self.connections or self._dials or self._dial_queue
@@ -727,7 +743,7 @@ class Transport:
         """Between two sweeps more may be idle, but never more than were active."""
         limit = self.settings.idle_connections_max
         if len(self.connections) > limit:
-            idle = [connection for origin in self.origins for connection in origin.idle]
+            idle = [connection for connection in self.connections if connection.is_idle]
             for connection in heapq.nsmallest(len(idle) - limit, idle, key=_deadline):
                 connection.retire()
 

@@ -39,7 +39,8 @@ class Cursor:
 class Page:
     """Rows of one page, the cursor once they are all resolved, and what the poll learnt on the way.
 
-    `rows` are records (seq, xid, id, account, type, data text, created_at, written_at) behind three columns of the header.
+    `rows` are records (seq, xid, id, account, type, data text, created_at, written_at) behind three columns of the header;
+    data or created_at is None where nothing could be made of it.
     `registry` is the version of the webhook registry in the page's own snapshot, None on a further page of a difference.
     """
 
@@ -52,8 +53,9 @@ class Page:
 class OutboxPages:
     """The reader's connection and its two statements."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, floor: datetime = BEGINNING) -> None:
         self._connection = connection
+        self._floor = floor  # rows written before it bear transaction ids of another cluster
         self._first: Any = None
         self._next: Any = None
         # Since when each transaction in progress has been seen: bounds where its rows can lie. Unknown after a restart.
@@ -70,7 +72,7 @@ class OutboxPages:
         xmax = cursor.prev[1]
         running = [xid for xid in cursor.prev[2] if xid >= cursor.at_xid]
         since_running = min((self._seen_since.get(xid, BEGINNING) for xid in running), default=BEGINNING)
-        since = cursor.prev_at - CLOCK_SLACK
+        since = max(cursor.prev_at - CLOCK_SLACK, self._floor)
         bounds = (running, xmax, cursor.at_xid, cursor.at_seq, since_running, since, limit)
         if cursor.cur is None:
             header, *rows = await self._first.fetch(*bounds)

@@ -1,9 +1,10 @@
 """Partitions made ahead, old days dropped: retention without a DELETE where it matters.
 
-An old day is emptied by TRUNCATE, which locks that day alone, and then detached and dropped. Detaching needs the parent for a moment (the
-CONCURRENTLY form is refused beside a DEFAULT partition, and without one producers would fail when nobody makes partitions), so it gives up
-within 50 ms and comes back later: an empty day costs nothing meanwhile, and no INSERT waits longer. Days are kept as long as a shard's cursor or a pending row needs them, whatever the configuration says. What fell into a
-DEFAULT partition (the daemon was away for more than a week), and the small tables, are deleted in bounded steps.
+An old day is emptied by TRUNCATE, which locks that day alone, and then dropped. Dropping needs the parent for a moment (detaching
+CONCURRENTLY is refused beside a DEFAULT partition, and without one producers would fail when nobody makes partitions), so it
+gives up within 50 ms and comes back later: an empty day costs nothing meanwhile, and no INSERT waits longer. Events are kept as
+long as a shard's cursor or a pending row needs them, whatever the configuration says. What fell into a DEFAULT partition (the
+daemon was away for more than a week), and the small tables, are deleted in bounded steps.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from dispatcher.store.database import statements
 DAYS_AHEAD: Final = 7
 STEP_ROWS: Final = 5000
 STEPS_MAX: Final = 20  # per table and run
+NEEDED_SLACK: Final = timedelta(days=1)  # how far a reader looks behind its cursor's clock time
 LOCK_TIMEOUT: Final = "500ms"  # DDL that cannot have its lock soon lets go and comes back: others queue behind a waiting one
-DETACH_TIMEOUT: Final = "50ms"  # every INSERT of every producer queues behind this one
+DROP_TIMEOUT: Final = "50ms"  # every INSERT of every producer queues behind this one
 
 log = structlog.get_logger("dispatcher.retention")
 
@@ -56,18 +58,14 @@ class Retention:
             log.info("partitions.made", table=table, count=made)
 
     async def _drop_old(self, table: str) -> list[str]:
-        limit = datetime.now(UTC) - self._kept[table]
-        if table == "outbox":
-            needed = await self._connection.fetchval(self._sql["needed_from"])
-            limit = min(limit, needed - timedelta(days=1)) if needed else limit
+        limit = await self._limit(table)
         dropped = []
         for name, day in await self._connection.fetch(self._sql["partitions"], table):
             if datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(days=1) > limit:
                 continue
             try:
                 await self._connection.execute(f'TRUNCATE dispatcher."{name}"')
-                await self._connection.execute(f"SET lock_timeout = '{DETACH_TIMEOUT}'")
-                await self._connection.execute(f'ALTER TABLE dispatcher.{table} DETACH PARTITION dispatcher."{name}"')
+                await self._connection.execute(f"SET lock_timeout = '{DROP_TIMEOUT}'")
                 await self._connection.execute(f'DROP TABLE dispatcher."{name}"')
             except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError, asyncpg.UndefinedTableError) as error:
                 log.info("partition.later", name=name, reason=str(error))
@@ -78,9 +76,15 @@ class Retention:
             log.info("partition.dropped", name=name)
         return dropped
 
+    async def _limit(self, table: str) -> datetime:
+        """What is older may go."""
+        limit = datetime.now(UTC) - self._kept[table]
+        if table == "outbox":
+            limit = min(limit, await self._connection.fetchval(self._sql["needed_from"]) - NEEDED_SLACK)
+        return limit
+
     async def _prune_rows(self) -> None:
-        now = datetime.now(UTC)
-        outbox, attempt = now - self._kept["outbox"], now - self._kept["attempt"]
+        outbox, attempt = await self._limit("outbox"), await self._limit("attempt")
         for name, arguments in (
             ("prune_default_outbox", (outbox,)),
             ("prune_default_attempt", (attempt,)),

@@ -1,8 +1,8 @@
 """A shard's row: its lease, its cursor, its fence, and the flush that moves all of them and writes what happened.
 
 The lease is a session advisory lock: it ends with its session, at once. The fence is the epoch: a take-over raises it, and
-a flush that names an older one raises Fenced and writes nothing. `batch` numbers the flushes, so that after a connection
-was cut in the middle of a commit the owner can tell a lost commit from a lost answer.
+a flush that names an older one raises Fenced and writes nothing. `batch` numbers the flushes, so that one whose answer was
+lost can be sent again: it is written once, whichever session comes first, even if the lost one is still at it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ FENCED_SQLSTATE: Final = "P0F01"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardState:
-    """The shard's row, and whose transaction ids the cursor holds (`system`, empty before the first engine)."""
+    """The shard's row. `system` says whose transaction ids the cursor holds; rows written before `floor` bear foreign ones."""
 
     epoch: int
     batch: int
     cursor: Cursor
     system: str
+    floor: datetime
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,24 +84,27 @@ class ShardStore:
         """The row as it stands."""
         row = await self._connection.fetchrow(self._sql["cursor"], self._shard)
         cursor = Cursor(row["prev"], row["prev_at"], row["cur"], None, row["at_xid"], row["at_seq"])
-        return ShardState(row["epoch"], row["batch"], cursor, row["system"])
+        return ShardState(row["epoch"], row["batch"], cursor, row["system"], row["floor"])
 
-    async def anchor(self, epoch: int, system: str, prev: Snapshot | None = None, prev_at: datetime | None = None) -> None:
-        """Say whose transaction ids the cursor holds; with `prev`, move the cursor there."""
-        await self._connection.execute(self._sql["anchor"], self._shard, epoch, system, prev, prev_at)
+    async def naturalize(self, epoch: int, system: str, prev: Snapshot, prev_at: datetime) -> None:
+        """After a restore into cluster `system`: read on from `prev`; no webhook remembers transaction ids of the old one.
 
-    async def naturalize(self) -> None:
-        """After a restore into another cluster: no webhook remembers transaction ids of the old one."""
-        await self._connection.execute(self._sql["naturalize"])
+        Raises Fenced when the epoch is over.
+        """
+        async with self._connection.transaction():
+            status = await self._connection.execute(self._sql["anchor"], self._shard, epoch, system, prev, prev_at)
+            if status != "UPDATE 1":
+                raise Fenced(f"epoch {epoch} of shard {self._shard} is over")
+            await self._connection.execute(self._sql["naturalize"])
 
-    async def flush(self, epoch: int, batch: Batch) -> None:
-        """Write a batch in one round trip and one transaction. Raises Fenced when the epoch is over."""
+    async def flush(self, epoch: int, batch: Batch) -> bool:
+        """Write a batch in one round trip and one transaction; False if it is in already. Raises Fenced when the epoch is over."""
         if self._flush is None:
             self._flush = await self._connection.prepare(self._sql["flush"])
         c = batch.cursor
         where = (c.prev, c.prev_at, c.cur, c.at_xid, c.at_seq) if c else (None,) * 5
         try:
-            await self._flush.fetch(
+            written = await self._flush.fetchval(
                 self._shard,
                 epoch,
                 batch.number,
@@ -114,3 +118,4 @@ class ShardStore:
             if error.sqlstate == FENCED_SQLSTATE:
                 raise Fenced(str(error)) from None
             raise
+        return bool(written)

@@ -24,6 +24,7 @@ from dispatcher.web.problems import FieldError, Problem, invalid
 
 BODY_BYTES_MAX: Final = 1 << 20  # four times the largest event that is delivered
 BODY_TIMEOUT_S: Final = 30.0  # a client that sends slower than this is not sending
+MEMBERS_MAX: Final = 64  # of a body's outermost object; none of ours has a fourth of that
 SHOWN_MAX: Final = 40
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -164,6 +165,8 @@ def _members(text: str, errors: list[FieldError]) -> dict[str, str]:
             if name in members:
                 errors.append(FieldError(_shown(name), "is given twice"))
             members[name] = value
+            if len(members) > MEMBERS_MAX:
+                raise invalid([FieldError("", f"expected an object of at most {MEMBERS_MAX} members")])
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise Problem(400, "invalid_json", f"The body is not JSON: {error.msg} at {where}.") from None

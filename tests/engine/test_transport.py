@@ -1070,6 +1070,31 @@ async def test_over_tls_all_is_the_same() -> None:
 
 
 @on_both_loops
+async def test_a_body_that_ends_with_the_connection_is_complete() -> None:
+    def close(peer: Peer) -> None:
+        peer.say(b"HTTP/1.1 200 OK\r\n\r\nuntil the end")
+        peer.transport.close()
+
+    async with serving(close) as server, sending() as transport:
+        attempt = await Outcome(transport.origin(server.target()))
+        assert (attempt.result, attempt.body) == (Result.OK, b"until the end")
+    async with secured(close) as (server, transport):
+        attempt = await Outcome(transport.origin(server.target("https")))
+        assert (attempt.result, attempt.body) == (Result.OK, b"until the end")
+
+
+@on_both_loops
+async def test_over_tls_a_body_may_end_without_a_close_notify() -> None:
+    def cut(peer: Peer) -> None:
+        peer.say(b"HTTP/1.1 200 OK\r\n\r\nuntil the end")
+        peer.transport.abort()
+
+    async with secured(cut) as (server, transport):
+        attempt = await Outcome(transport.origin(server.target("https")))
+        assert (attempt.result, attempt.body) == (Result.OK, b"until the end")
+
+
+@on_both_loops
 async def test_an_idle_tls_connection_is_closed_after_its_time() -> None:
     async with secured(say_ok, keepalive_s=0.05) as (server, transport):
         await Outcome(transport.origin(server.target("https")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -58,7 +59,7 @@ class Api:
             headers.setdefault("Authorization", f"Bearer {key or self.keys['acme']}")
         if body is not None:
             headers.setdefault("Content-Type", "application/json")
-            rest["data"] = body if isinstance(body, bytes) else json.dumps(body).encode()
+            rest["data"] = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
         async with self._client.request(method, path, headers=headers, **rest) as response:
             return Answer(response.status, response.headers, await response.text())
 

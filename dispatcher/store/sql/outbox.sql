@@ -11,11 +11,11 @@ UNION ALL
 (SELECT * FROM (
     SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, o.*
     FROM unnest($1::xid8[]) AS x (xid) CROSS JOIN LATERAL (
-        SELECT seq, xid, id, account, type, data::text, created_at, written_at FROM dispatcher.outbox
+        SELECT seq, xid, id, account, type, data, created_at, written_at FROM dispatcher.event
         WHERE xid = x.xid AND seq > CASE WHEN x.xid = $3::xid8 THEN $4::bigint ELSE 0 END AND written_at >= $5
         ORDER BY xid, seq LIMIT $7) AS o
     UNION ALL
-    (SELECT NULL, NULL, NULL, seq, xid, id, account, type, data::text, created_at, written_at FROM dispatcher.outbox
+    (SELECT NULL, NULL, NULL, seq, xid, id, account, type, data, created_at, written_at FROM dispatcher.event
      WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND written_at >= $6
      ORDER BY xid, seq LIMIT $7)) AS page LIMIT $7);
 
@@ -24,20 +24,24 @@ UNION ALL
 SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, page.* FROM (
     SELECT o.*
     FROM unnest($1::xid8[]) AS x (xid) CROSS JOIN LATERAL (
-        SELECT seq, xid, id, account, type, data::text, created_at, written_at FROM dispatcher.outbox
+        SELECT seq, xid, id, account, type, data, created_at, written_at FROM dispatcher.event
         WHERE xid = x.xid AND seq > CASE WHEN x.xid = $3::xid8 THEN $4::bigint ELSE 0 END AND written_at >= $5
           AND pg_visible_in_snapshot(xid, $8)
         ORDER BY xid, seq LIMIT $7) AS o
     UNION ALL
-    (SELECT seq, xid, id, account, type, data::text, created_at, written_at FROM dispatcher.outbox
+    (SELECT seq, xid, id, account, type, data, created_at, written_at FROM dispatcher.event
      WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND xid < pg_snapshot_xmax($8) AND written_at >= $6
        AND pg_visible_in_snapshot(xid, $8)
      ORDER BY xid, seq LIMIT $7)) AS page LIMIT $7;
 
 -- name: reread
 -- After a restore: events by the clock instead of by foreign transaction ids. Three empty columns stand for the header's.
-SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, seq, xid, id, account, type, data::text, created_at, written_at
-FROM dispatcher.outbox WHERE written_at >= $1 ORDER BY xid, seq;
+SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, seq, xid, id, account, type, data, created_at, written_at
+FROM dispatcher.event WHERE written_at >= $1 ORDER BY xid, seq;
+
+-- name: born
+-- By which clock time each webhook existed: for a reread, where the transaction ids of events and webhooks may be of two clusters.
+SELECT id, created_at FROM dispatcher.endpoint;
 
 -- name: newest_known
 -- Beyond this sequence number nothing is settled or pending yet: from the end of an index each.

@@ -9,13 +9,11 @@ SELECT pg_try_advisory_lock(1953656688, 1000 + $1::integer);
 UPDATE dispatcher.shard SET epoch = epoch + 1 WHERE id = $1 RETURNING epoch;
 
 -- name: cursor
-SELECT epoch, batch, prev, prev_at, cur, at_xid, at_seq, system FROM dispatcher.shard WHERE id = $1;
+SELECT epoch, batch, prev, prev_at, cur, at_xid, at_seq, system, floor FROM dispatcher.shard WHERE id = $1;
 
 -- name: anchor
--- Transaction ids mean those of cluster $3 from here on; with $4, everything visible in it counts as read.
-UPDATE dispatcher.shard SET system = $3, prev = coalesce($4::pg_snapshot, prev), prev_at = coalesce($5, prev_at),
-       cur = CASE WHEN $4::pg_snapshot IS NULL THEN cur END, at_xid = CASE WHEN $4::pg_snapshot IS NULL THEN at_xid ELSE '0' END,
-       at_seq = CASE WHEN $4::pg_snapshot IS NULL THEN at_seq ELSE 0 END
+-- After a restore: transaction ids mean those of cluster $3 from here on, and everything visible in $4 counts as read.
+UPDATE dispatcher.shard SET system = $3, prev = $4, prev_at = $5, floor = $5, cur = NULL, at_xid = '0', at_seq = 0
 WHERE id = $1 AND epoch = $2;
 
 -- name: naturalize

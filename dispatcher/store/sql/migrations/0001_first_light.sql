@@ -108,6 +108,16 @@ CREATE INDEX outbox_by_xid ON dispatcher.outbox (xid, seq);       -- the reader'
 CREATE INDEX outbox_by_account ON dispatcher.outbox (account, id); -- the API's
 CREATE TABLE dispatcher.outbox_default PARTITION OF dispatcher.outbox DEFAULT;
 
+-- The outbox as the engine reads it. Applications write what they like, and one odd row must not cost the others their
+-- page: what cannot be sent anyway is cut short or NULL here (longer than a type or an account's name can be, 2 MiB of
+-- data and more, moments no calendar holds), and the engine discards the event with the reason.
+CREATE VIEW dispatcher.event AS
+    SELECT seq, xid, id, left(account, 65) AS account, left(type, 129) AS type,
+           CASE WHEN octet_length(data::text) <= 2097152 THEN data::text END AS data,
+           CASE WHEN created_at >= '0002-01-01 00:00+00' AND created_at < '9999-01-01 00:00+00' THEN created_at END AS created_at,
+           written_at
+    FROM dispatcher.outbox;
+
 -- NOTIFY takes a cluster-wide lock over the WAL flush at commit, so it is spoken to a sleeper only. A dispatcher that
 -- sleeps holds this lock in shared mode: if the exclusive one is to be had, nobody sleeps and nobody needs telling.
 CREATE FUNCTION dispatcher.wake() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -176,13 +186,15 @@ CREATE TABLE dispatcher.shard (
     epoch    bigint NOT NULL DEFAULT 0,   -- who writes must name it; a take-over raises it
     batch    bigint NOT NULL DEFAULT 0,   -- number of the last flush: tells a lost commit from a lost answer
     prev     pg_snapshot NOT NULL,
-    prev_at  timestamptz NOT NULL,        -- server clock just before prev was taken
+    prev_at  timestamptz NOT NULL,        -- server clock just after prev was taken
     cur      pg_snapshot,
     at_xid   xid8 NOT NULL DEFAULT '0',
     at_seq   bigint NOT NULL DEFAULT 0,
-    system   text NOT NULL DEFAULT ''     -- whose xids these are: the cluster's identifier
+    system   text NOT NULL,               -- whose xids these are: the cluster's identifier
+    floor    timestamptz NOT NULL DEFAULT '2000-01-01 00:00+00'  -- rows written before it bear xids of another cluster
 ) WITH (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
-INSERT INTO dispatcher.shard (id, prev, prev_at) VALUES (0, pg_current_snapshot(), clock_timestamp());
+INSERT INTO dispatcher.shard (id, prev, prev_at, system)
+    SELECT 0, pg_current_snapshot(), clock_timestamp(), system_identifier::text FROM pg_control_system();
 
 CREATE TABLE dispatcher.attempt (
     at            timestamptz NOT NULL,   -- when it was settled
@@ -240,7 +252,8 @@ CREATE UNLOGGED TABLE dispatcher.instance (
     snapshot     json NOT NULL
 ) WITH (fillfactor = 50);
 
--- One flush: one round trip, one transaction, the fence first. NULL cursor: leave it where it is.
+-- One flush: one round trip, one transaction, the fence first. NULL cursor: leave it where it is. Writes nothing and returns
+-- false if this batch is in already: its owner sends it again when the answer was lost, and the lost session may still be at it.
 CREATE FUNCTION dispatcher.flush(
     shard_id integer, my_epoch bigint, my_batch bigint,
     prev pg_snapshot, prev_at timestamptz, cur pg_snapshot, at_xid xid8, at_seq bigint,
@@ -254,17 +267,21 @@ CREATE FUNCTION dispatcher.flush(
     d_endpoint integer[], d_seq bigint[], d_generation integer[],
     -- events discarded
     x_seq bigint[], x_reason text[]
-) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+) RETURNS boolean LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
     IF prev IS NULL THEN
-        UPDATE dispatcher.shard s SET batch = my_batch WHERE s.id = shard_id AND s.epoch = my_epoch;
+        UPDATE dispatcher.shard s SET batch = my_batch WHERE s.id = shard_id AND s.epoch = my_epoch AND s.batch < my_batch;
     ELSE
         UPDATE dispatcher.shard s SET batch = my_batch, prev = flush.prev, prev_at = flush.prev_at, cur = flush.cur,
                at_xid = flush.at_xid, at_seq = flush.at_seq
-            WHERE s.id = shard_id AND s.epoch = my_epoch;
+            WHERE s.id = shard_id AND s.epoch = my_epoch AND s.batch < my_batch;
     END IF;
     IF NOT FOUND THEN
+        PERFORM FROM dispatcher.shard s WHERE s.id = shard_id AND s.epoch = my_epoch;
+        IF FOUND THEN
+            RETURN false;
+        END IF;
         RAISE EXCEPTION 'fenced: epoch % of shard % is over', my_epoch, shard_id USING ERRCODE = 'P0F01';
     END IF;
     INSERT INTO dispatcher.attempt (at, event_seq, event_xid, endpoint_id, generation, attempt, state, result, status,
@@ -288,6 +305,7 @@ BEGIN
     IF cardinality(x_seq) > 0 THEN
         INSERT INTO dispatcher.discarded_event (event_seq, reason) SELECT * FROM unnest(x_seq, x_reason) ON CONFLICT DO NOTHING;
     END IF;
+    RETURN true;
 END $$;
 
 -- Makes the partitions of the coming days for one table. LIKE and ATTACH instead of PARTITION OF, which would lock out
