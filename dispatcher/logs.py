@@ -22,6 +22,11 @@ def _masked(_: Any, __: str, event: Any) -> Any:
     return event
 
 
+def _in_order(_: Any, __: str, event: Any) -> Any:
+    """What every line has comes first, so that columns of raw logs align."""
+    return {key: event.pop(key) for key in ("timestamp", "level", "event", "logger") if key in event} | event
+
+
 def start_logging(settings: Log, stream: TextIO | None = None) -> None:
     """Log to `stream` (standard error) from now on. Calling it again applies changed settings."""
     out = stream or sys.stderr
@@ -35,9 +40,10 @@ def start_logging(settings: Log, stream: TextIO | None = None) -> None:
         _masked,
     ]
     last: list[Any] = (
-        [structlog.dev.ConsoleRenderer(colors=out.isatty(), pad_event_to=24)]
+        # The default formatter prints local variables with a traceback: secrets, keys, payloads.
+        [structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback)]
         if as_text
-        else [structlog.processors.format_exc_info, structlog.processors.EventRenamer("event"), structlog.processors.JSONRenderer()]
+        else [structlog.processors.format_exc_info, _in_order, structlog.processors.JSONRenderer()]
     )
     handler = logging.StreamHandler(out)
     handler.setFormatter(

@@ -29,6 +29,7 @@ from dispatcher.cli.client import Api
 from dispatcher.cli.output import FAILED, INTERRUPTED, complain, print_json, printable
 from dispatcher.cli.receiver import HANDLERS, STANDARD_VERIFIER, Landing, Receiver
 from dispatcher.config import Config, load
+from dispatcher.core.catalogue import Catalogue
 from dispatcher.logs import start_logging
 from dispatcher.model import DEFAULT_ACCOUNT
 from dispatcher.store.database import connect
@@ -40,6 +41,7 @@ PAUSE_S: Final = 0.03  # between two events, so that each is seen to arrive by i
 DRAIN_S: Final = 2
 POLL_S: Final = 0.02
 WIDTH: Final = 108  # of a whole line
+ID_WIDTH: Final = 36
 ID_SHOWN: Final = 8
 
 
@@ -83,7 +85,7 @@ class _Demonstration:
         self._receiver = Receiver()
         self._committed: dict[
             str, float
-        ] = {}  # by event id: when its transaction was about to commit, by the loop's clock
+        ] = {}  # by event id: when its transaction was about to commit, by time.perf_counter()
         self._landed: dict[tuple[str, str], bool] = {}  # by event and handler: whether its signatures were genuine
 
     async def run(self) -> int:
@@ -102,16 +104,12 @@ class _Demonstration:
             await self._register(running.url, key)
             version = await database.fetchval("SHOW server_version")
             self._introduce(running, version, time.monotonic() - began)
-            watching = asyncio.create_task(self._watch(), name="demo watcher")
-            stack.callback(watching.cancel)
-            types = await self._emit(running, database)
-            is_whole = await self._all_landed(running, types, watching)
-            self._conclude(is_whole, types)
+            is_whole = await self._show_samples(running, database)
             if self._once:
                 return 0 if is_whole else FAILED
             self._suggest(running, config, key)
-            await watching
-        return 0
+            while True:
+                await self._show_next()
 
     def _config(self, directory: str) -> Config:
         """Everything of the machine's own configuration is left out, but for where PostgreSQL is found."""
@@ -155,44 +153,47 @@ class _Demonstration:
 
     # ── what an application does ───────────────────────────────────────────────────────────────────────────────────
 
-    async def _emit(self, running: daemon.Daemon, database: Any) -> int:
-        """One sample of each type; return how many."""
-        catalogue = daemon.catalogue_of(running.config)
-        for entry in catalogue:
+    async def _emit(self, types: Catalogue, database: Any) -> None:
+        """One sample of each type."""
+        for entry in types:
             async with database.transaction():
                 event_id = await database.fetchval(
                     "INSERT INTO dispatcher.outbox (type, data) VALUES ($1, $2) RETURNING id",
                     entry.name,
                     json.dumps(entry.sample),
                 )
-                self._committed[event_id] = asyncio.get_running_loop().time()
+                self._committed[event_id] = time.perf_counter()
             await asyncio.sleep(PAUSE_S)
-        return len(catalogue)
 
     # ── what comes of it ───────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _watch(self) -> None:
-        """Show what lands, for ever."""
-        while True:
-            landing = await self._receiver.landings.get()
-            committed = self._committed.get(landing.event_id)
-            self._print(landing, None if committed is None else landing.at_s - committed)
-            if committed is not None:
-                self._landed.setdefault((landing.event_id, landing.handler), landing.verified)
-
-    async def _all_landed(self, running: daemon.Daemon, types: int, watching: asyncio.Task[None]) -> bool:
-        """Whether every sample reached every handler with genuine signatures, and the engine knows it."""
-        wanted = types * len(HANDLERS)
-        with contextlib.suppress(TimeoutError):
+    async def _show_samples(self, running: daemon.Daemon, database: Any) -> bool:
+        """Emit and show; return whether every sample was delivered to every handler with genuine signatures."""
+        types = daemon.catalogue_of(running.config)
+        wanted = len(types) * len(HANDLERS)
+        emitting = asyncio.create_task(self._emit(types, database), name="demo application")
+        try:
             async with asyncio.timeout(PATIENCE_S):
-                while len(self._landed) < wanted and not watching.done():
-                    await asyncio.sleep(POLL_S)
-                while all(self._landed.values()) and running.engine.snapshot().deliveries["delivered"] < wanted:
-                    await asyncio.sleep(POLL_S)
-                if watching.done():
-                    await watching  # raises what ended it: most likely, nobody reads us any more
-                return len(self._landed) == wanted and all(self._landed.values())
-        return False
+                while len(self._landed) < wanted:
+                    await self._show_next()
+                await emitting
+                if all(self._landed.values()):
+                    await _delivered(running, wanted)
+        except TimeoutError:
+            complain(f"{len(self._landed)} of {wanted} deliveries were settled within {PATIENCE_S:g} s")
+            return False
+        finally:
+            emitting.cancel()
+        self._conclude(len(types))
+        return all(self._landed.values())
+
+    async def _show_next(self) -> None:
+        """Wait for a delivery and show it."""
+        landing = await self._receiver.landings.get()
+        committed = self._committed.get(landing.event_id)
+        self._print(landing, None if committed is None else landing.at_s - committed)
+        if committed is not None:
+            self._landed.setdefault((landing.event_id, landing.handler), landing.verified)
 
     # ── on the screen ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -204,17 +205,16 @@ class _Demonstration:
         return text if os.environ.get("NO_COLOR") else click.style(text, **style)
 
     def _introduce(self, running: daemon.Daemon, version: str, took_s: float) -> None:
-        self._say(f"PostgreSQL {version.split()[0]}, engine and API are up after {took_s:.1f} s.")
+        self._say(f"PostgreSQL {version.partition(' ')[0]}, engine and API are up after {took_s:.1f} s.")
         self._say(f"API and dashboard: {self._styled(running.url, bold=True)}")
         self._say(
-            "Each delivery is verified twice: by re-serialising the body as the guide's Express and Flask handlers do, and "
-            f"by Standard Webhooks ({STANDARD_VERIFIER})."
+            "Each delivery is verified twice: by printing the body again and hashing that, as the Express and Flask"
         )
+        self._say(f"handlers of the guide do, and by Standard Webhooks ({STANDARD_VERIFIER}).")
         self._say()
         if not self._as_json:
-            self._say(
-                self._styled(self._line("time", "event", "delivery", "handler", "after", "guide", "standard"), dim=True)
-            )
+            heading = _line("time", "event", "delivery", "handler", "after", "guide", "standard")
+            self._say(self._styled(heading, dim=True))
 
     def _print(self, landing: Landing, latency_s: float | None) -> None:
         if self._as_json:
@@ -223,7 +223,7 @@ class _Demonstration:
             return
         clock = time.strftime("%H:%M:%S", time.localtime(landing.at_unix_s)) + f".{landing.at_unix_s % 1:.3f}"[2:]
         again = f" (attempt {landing.attempt})" if landing.attempt != "1" else ""
-        line = self._line(
+        line = _line(
             clock,
             printable(landing.type),
             printable(landing.delivery_id),
@@ -234,27 +234,19 @@ class _Demonstration:
         )
         self._say(line + again)
 
-    def _line(self, clock: str, type_: str, delivery: str, handler: str, after: str, guide: str, standard: str) -> str:
-        """The columns of one line; a narrow terminal gets the end of the id only."""
-        is_wide = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= WIDTH
-        if not is_wide:
-            delivery = f"…{delivery[-ID_SHOWN:]}"
-        id_width = 36 if is_wide else ID_SHOWN + 1
-        return f"{clock:<13}{type_:<18}{delivery:<{id_width}}  {handler:<9}{after:>8}  {guide}  {standard}"
-
     def _verdict(self, is_genuine: bool) -> str:
         if is_genuine:
             return self._styled("✓ ok ", fg="green")
         return self._styled("✗ BAD", fg="red", bold=True)
 
-    def _conclude(self, is_whole: bool, types: int) -> None:
-        genuine, wanted = sum(self._landed.values()), types * len(HANDLERS)
+    def _conclude(self, types: int) -> None:
+        landed, genuine = len(self._landed), sum(self._landed.values())
         self._say()
-        if is_whole:
-            text = f"{wanted} deliveries of {types} event types: all delivered, both signatures of each verified."
+        if genuine == landed:
+            text = f"{landed} deliveries of {types} event types: all delivered, both signatures of each verified."
             self._say(self._styled(text, fg="green", bold=True))
         else:
-            complain(f"{len(self._landed)} of {wanted} deliveries arrived, {genuine} of them verified")
+            complain(f"the signatures of {landed - genuine} of {landed} deliveries are not genuine")
 
     def _suggest(self, running: daemon.Daemon, config: Config, key: str) -> None:
         url, dsn = running.url, shlex.quote(config.database.dsn)
@@ -282,6 +274,22 @@ Ctrl-C ends it all; nothing stays behind."""
         )
 
 
+async def _delivered(running: daemon.Daemon, wanted: int) -> None:
+    """Wait until the engine has counted as many."""
+    while running.engine.snapshot().deliveries["delivered"] < wanted:  # noqa: ASYNC110  a counter rings no bell
+        await asyncio.sleep(POLL_S)
+
+
+def _line(clock: str, *cells: str) -> str:
+    """The columns of one line; a narrow terminal gets the end of the delivery's id only."""
+    type_, delivery, handler, after, guide, standard = cells
+    id_width = ID_WIDTH
+    if sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDTH:
+        id_width = ID_SHOWN + 1
+        delivery = f"…{delivery[-ID_SHOWN:]}"
+    return f"{clock:<13}{type_:<18}{delivery:<{id_width}}  {handler:<9}{after:>8}  {guide}  {standard}"
+
+
 def _fields(landing: Landing, latency_s: float | None) -> dict[str, Any]:
     return {
         "at": round(landing.at_unix_s, 3),
@@ -302,12 +310,21 @@ async def _running(config: Config) -> AsyncIterator[daemon.Daemon]:
     """The daemon, from when it is ready until it has drained."""
     ready: asyncio.Future[daemon.Daemon] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(daemon.run(config, on_ready=ready.set_result, signals=False), name="daemon")
+    either: set[asyncio.Future[Any]] = {task, ready}
+    whole = asyncio.current_task()
+    assert whole is not None, "this runs in a task"
+
+    def gone(_: asyncio.Task[None]) -> None:
+        whole.cancel()  # without a daemon there is nothing to show
+
     try:
-        await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             await task
+        task.add_done_callback(gone)
         yield ready.result()
     finally:
+        task.remove_done_callback(gone)
         if ready.done():
             ready.result().stop()
         else:

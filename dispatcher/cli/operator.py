@@ -5,7 +5,6 @@ Everything below the commands is imported when a command needs it, so that `--he
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -107,13 +106,13 @@ def run(config_file: Path | None, wait: bool) -> None:
 
                 await daemon.run(reachable, wait=wait, reload=read_again)
 
-    with contextlib.suppress(asyncio.CancelledError):
-        _run(serve())
+    _run(serve())
 
 
 @contextlib.contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
     """SIGTERM ends this task in order until the daemon listens for it: an embedded PostgreSQL is stopped."""
+    import asyncio
     import signal
 
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -121,6 +120,8 @@ def _ending_on_sigterm() -> Iterator[None]:
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         yield
+    except asyncio.CancelledError:
+        task.uncancel()
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
 
@@ -146,8 +147,7 @@ def demo(once: bool, port: int | None, as_json: bool) -> None:
     """
     from dispatcher.cli.demo import show
 
-    with contextlib.suppress(asyncio.CancelledError):
-        click.get_current_context().exit(_run(show(once=once, port=port, as_json=as_json)))
+    click.get_current_context().exit(_run(show(once=once, port=port, as_json=as_json)))
 
 
 # ── configuration and schema ───────────────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NoReturn
@@ -62,7 +62,9 @@ class Program(click.Group):
         **extra: Any,
     ) -> Any:
         """Run, and leave the process with the exit code."""
-        run = functools.partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
+        run: Callable[[], Any] = functools.partial(
+            super().main, args, prog_name, complete_var, standalone_mode=False, **extra
+        )
         if not standalone_mode:
             return run()
         try:
@@ -86,6 +88,8 @@ def _report(error: Exception) -> int:
     )
 
     match error:
+        case ExceptionGroup():
+            return _report(error.exceptions[0])
         case click.Abort():
             return INTERRUPTED
         case Failure():

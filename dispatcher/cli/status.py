@@ -193,9 +193,9 @@ def _figures(s: Snapshot, now: Rates | None) -> Any:
     latency = s.delivery_latency.quantile(0.5) if s.delivery_latency else None
     late = s.delivery_latency.quantile(0.99) if s.delivery_latency else None
     figures = [
-        ("events", _rate(now and now.events)), ("in flight", f"{s.in_flight:,}"), ("lag", _duration(s.outbox_lag_s)),
-        ("delivered", _rate(now and now.delivered)), ("queued", f"{s.queued:,}"), ("backlog", f"{s.outbox_backlog:,}"),
-        ("failed attempts", _rate(now and now.failed)), ("retries waiting", f"{s.retries_waiting:,}"),
+        ("events", _rate(now, "events")), ("in flight", f"{s.in_flight:,}"), ("lag", _duration(s.outbox_lag_s)),
+        ("delivered", _rate(now, "delivered")), ("queued", f"{s.queued:,}"), ("backlog", f"{s.outbox_backlog:,}"),
+        ("failed attempts", _rate(now, "failed")), ("retries waiting", f"{s.retries_waiting:,}"),
         ("oldest pending", _duration(s.oldest_pending_s)),
         ("delivered so far", f"{s.deliveries.get('delivered', 0):,}"),
         ("exhausted", f"{s.deliveries.get('exhausted', 0):,}"), ("latency p50 ≤", _duration(latency)),
@@ -208,8 +208,8 @@ def _figures(s: Snapshot, now: Rates | None) -> Any:
     return table
 
 
-def _rate(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.1f}/s"
+def _rate(now: Rates | None, what: str) -> str:
+    return "–" if now is None else f"{getattr(now, what):,.1f}/s"
 
 
 def _worst(s: Snapshot) -> list[Any]:

@@ -5,10 +5,11 @@ wheel or backlog → lane. Whatever takes it over here takes it whole, without a
 
 **Where a delivery that cannot go waits.** In a pending row. A failed one is *due* at its time. One whose webhook is paused,
 dead, full or waits for its head (`ordered`) is *held*: due at infinity, pulled oldest first when the webhook can take
-more. As long as a webhook has anything held, new deliveries queue up behind it: `backlog`.
+more. As long as a webhook has a `backlog`, new deliveries queue up behind what is held.
 
-**Conservation.** read + recalled = queued + in flight + settled + parked + released, at every step; `balance` says by how much it
-is off, and is zero.
+**Conservation.** What was taken over is queued, in flight, or was handed on: to the ledger, which settles it or writes its
+pending row, or back to where it came from. `balance` says by how much that is off, and is zero at every step. What has both a
+place in memory and a pending row is in `rows` until a commit says that only one of the two is left.
 
 **Never.** No exception of an endpoint's making passes here; nothing is dropped silently.
 """
@@ -16,6 +17,7 @@ is off, and is zero.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +30,7 @@ from dispatcher.core.backoff import dead_delay_s, next_delay_s, retry_after_s
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.lanes import Lane, Lanes, Offer
 from dispatcher.core.outcome import RELEASED, Outcome, Verdict, judge
-from dispatcher.core.rendering import Payload
+from dispatcher.core.rendering import TEXT_BYTES_MAX, Payload
 from dispatcher.core.signing import Signer
 from dispatcher.core.window import Health
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
@@ -37,8 +39,11 @@ from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import Attempt, DeliveryKey, DeliveryState, Endpoint, EndpointStatus, Result
 from dispatcher.telemetry import Telemetry
 
+PULL_BELOW: Final = 16  # a lane with less than this queued may be pulled for
+LANE_DUE_MAX: Final = 128  # retries that come due in a longer queue than this are held: each lane's part of the room for retries
 RELEASE_DELAY_S: Final = 1.0  # our own fault (no file descriptors, …): soon, but not in a spin
 FIRST_KEY: Final = (-1, -1)
+LAST_KEY: Final = (1 << 63, 0)
 _DELIVERED: Final = DeliveryState.DELIVERED.value
 _RETRYING: Final = DeliveryState.RETRYING.value
 _EXHAUSTED: Final = DeliveryState.EXHAUSTED.value
@@ -52,6 +57,15 @@ class Row(Enum):
     NONE = "none"
     DUE = "due"
     HELD = "held"
+
+
+def payload_of(event_id: str, type_: str, created_at: datetime | None, data: str | None) -> Payload:
+    """The payload of a row of the outbox. Raises Undeliverable for what the store could make nothing of, too."""
+    if created_at is None:
+        raise Undeliverable("created_at is beyond the years 2 to 9998")
+    if data is None:
+        raise Undeliverable(f"data is over {TEXT_BYTES_MAX} bytes as written")
+    return Payload(event_id, type_, created_at, data)
 
 
 class Event:
@@ -107,7 +121,10 @@ class Delivery:
 class Subscriber:
     """A webhook in the engine: its settings, its lane and pool, how it signs, and where its backlog stands."""
 
-    __slots__ = ("after", "backlog", "endpoint", "error", "head", "head_key", "lane", "origin", "parks", "pulling", "signer", "unflushed")
+    __slots__ = (
+        "after", "backlog", "behind", "endpoint", "error", "head", "head_key", "held", "lane", "origin", "parks",
+        "resign_at", "signer", "unflushed",
+    )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, lane: Lane[Delivery]) -> None:
         self.endpoint = endpoint
@@ -116,16 +133,19 @@ class Subscriber:
         self.signer: Signer = Signer(None)
         self.head = b""  # request line and the header fields that never change
         self.error: str | None = None
-        self.backlog = False  # something is held in the database; new deliveries go behind it
+        self.resign_at = math.inf  # Unix time at which the previous secret ceases to sign
+        self.held = False  # something may be held in the database
+        self.backlog = False  # and new deliveries go behind it
         self.after: tuple[int, int] = FIRST_KEY  # (event sequence, generation) pulled so far
-        self.pulling = False
+        self.behind: tuple[int, int] = LAST_KEY  # what a pull under way may bring: from behind this on it is out of date
         self.head_key: DeliveryKey | None = None  # ordered: the failed delivery the others wait for
         self.parks = 0  # times something was parked, ever
         self.unflushed = 0  # parked and not yet in the database
 
-    def rewind(self) -> None:
-        """Pull from the beginning again: something pulled before went back."""
-        self.after = FIRST_KEY
+    def rewind(self, to: tuple[int, int] = FIRST_KEY) -> None:
+        """Pull again from behind `to`: something was put there."""
+        self.after = min(self.after, to)
+        self.behind = min(self.behind, to)
 
     def __repr__(self) -> str:
         return f"<Subscriber {self.endpoint.public_id} {self.lane}{', backlog' if self.backlog else ''}>"
@@ -152,7 +172,9 @@ class Deliverer:
     ) -> None:
         self.lanes = lanes
         self.subscribers: dict[int, Subscriber] = {}
-        self.rows: dict[DeliveryKey, Delivery] = {}  # in memory and in a pending row too
+        self.rows: set[DeliveryKey] = set()  # in memory, and in a pending row too
+        self.taken = 0  # deliveries taken over, ever
+        self.passed_on = 0  # of these, to the ledger or back
         self.in_flight: set[Delivery] = set()
         self.running = False  # False: nothing new goes out
         self.on_hungry: Callable[[Subscriber], None] = lambda subscriber: None
@@ -175,6 +197,11 @@ class Deliverer:
             b"%b" + p + b"Event: %b\r\n" + p + b"Delivery: %b\r\n" + p + b"Attempt: %d\r\n"
             b"webhook-id: %b\r\nwebhook-timestamp: %b\r\n%bContent-Length: %d\r\n\r\n%b"
         )
+
+    @property
+    def balance(self) -> int:
+        """Deliveries nobody can account for: zero."""
+        return self.taken - self.passed_on - self.lanes.queued - len(self.in_flight)
 
     # ── subscribers ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -202,15 +229,22 @@ class Deliverer:
         if old.url != endpoint.url and subscriber.origin is not None:
             subscriber.origin.close()
             subscriber.origin = None
-        if old.url != endpoint.url or (old.status is not endpoint.status and endpoint.status is EndpointStatus.ACTIVE):
+        is_resumed = old.status is not endpoint.status and endpoint.status is EndpointStatus.ACTIVE
+        if is_resumed:
+            self._ledger.forgive(endpoint.id)
+        if old.url != endpoint.url or is_resumed:
             self.lanes.revive(subscriber.lane)
+        if not endpoint.ordered:
+            subscriber.head_key = None
         self._equip(subscriber)
 
     def _equip(self, subscriber: Subscriber) -> None:
         endpoint = subscriber.endpoint
         now = self._wall()
         expires = endpoint.previous_secret_expires_at
-        previous = endpoint.previous_secret if expires is not None and expires.timestamp() > now else None
+        is_rotating = expires is not None and expires.timestamp() > now
+        previous = endpoint.previous_secret if is_rotating else None
+        subscriber.resign_at = expires.timestamp() if expires is not None and is_rotating else math.inf
         subscriber.signer = Signer(endpoint.secret, previous, prefix=self._prefix.decode())
         try:
             target = self._guard.check_url(endpoint.url)
@@ -252,10 +286,11 @@ class Deliverer:
     def _hold(self, subscriber: Subscriber) -> None:
         if not subscriber.lane.paused:
             self.lanes.pause(subscriber.lane)
-        self._put_back(subscriber, self.lanes.release(subscriber.lane))
+        self._put_back(self.lanes.release(subscriber.lane))
 
     def _dismiss(self, subscriber: Subscriber, reason: str) -> None:
         del self.subscribers[subscriber.endpoint.id]
+        self._ledger.forgive(subscriber.endpoint.id)
         for delivery in self.lanes.forget(subscriber.lane):
             self.discard(delivery, reason)
         if subscriber.origin is not None:
@@ -267,7 +302,7 @@ class Deliverer:
         for key in self.lanes.sweep(self._loop.time()):
             subscriber = self.subscribers[key]
             endpoint = subscriber.endpoint
-            if subscriber.backlog or subscriber.unflushed or subscriber.head_key is not None:
+            if subscriber.held or subscriber.unflushed or subscriber.head_key is not None:
                 subscriber.lane = self.lanes.lane(
                     key, limit=endpoint.max_concurrency, rate_limit=endpoint.rate_limit, ordered=endpoint.ordered
                 )
@@ -281,38 +316,52 @@ class Deliverer:
     def offer(self, delivery: Delivery) -> None:
         """Take a first attempt over: into its lane if that can take it, else held behind the others."""
         subscriber = delivery.subscriber
+        self.taken += 1
         if subscriber.backlog:
             self.park(delivery)
         elif self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not Offer.QUEUED:
             self.park(delivery)
 
     def recall(self, delivery: Delivery) -> bool:
-        """Take over a delivery that has a pending row: it came due, or was pulled. False: its lane cannot take it now."""
-        subscriber = delivery.subscriber
-        if self.lanes.offer(subscriber.lane, delivery, self._loop.time(), retry=True) is not Offer.QUEUED:
-            return False
-        self.rows[delivery.key] = delivery
-        return True
+        """Take over a delivery that has a pending row: it came due, or was pulled.
+
+        False: its lane cannot take it now. Then a held one stays what it is, and one that came due is held.
+        """
+        lane = delivery.subscriber.lane
+        is_due = delivery.row is Row.DUE
+        if not (is_due and len(lane.todo) >= LANE_DUE_MAX) and (
+            self.lanes.offer(lane, delivery, self._loop.time(), retry=True) is Offer.QUEUED
+        ):
+            self.taken += 1
+            self.rows.add(delivery.key)
+            return True
+        if is_due:
+            self.taken += 1
+            self.rows.add(delivery.key)
+            self.park(delivery)
+        return False
 
     def park(self, delivery: Delivery) -> None:
         """Hold a delivery in a pending row until its webhook can take it."""
         subscriber = delivery.subscriber
-        subscriber.backlog = True
+        subscriber.held = subscriber.backlog = True
+        subscriber.parks += 1
+        self.passed_on += 1
         if delivery.row is Row.HELD:
-            self.rows.pop(delivery.key, None)
+            self.rows.discard(delivery.key)
             subscriber.rewind()
+            self.on_hungry(subscriber)
         else:
-            subscriber.parks += 1
             subscriber.unflushed += 1
             self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, HELD_UNTIL, None)
-        self.on_hungry(subscriber)
 
-    def _put_back(self, subscriber: Subscriber, deliveries: Iterable[Delivery]) -> None:
+    def _put_back(self, deliveries: Iterable[Delivery]) -> None:
         for delivery in deliveries:
             self.park(delivery)
 
     def discard(self, delivery: Delivery, reason: str) -> None:
         """Settle a delivery that will never be sent, without an attempt."""
+        self.passed_on += 1
         self._ledger.attempt(delivery, None, _DISCARDED, delivery.attempts, reason)
         self._telemetry.deliveries[_DISCARDED] += 1
         self._settled(delivery)
@@ -325,7 +374,10 @@ class Deliverer:
             return
         lanes, now = self.lanes, self._loop.time()
         while (turn := lanes.next(now)) is not None:
-            self._send(turn[0], turn[1])
+            lane, delivery = turn
+            delivery.era = lane.window.generation
+            self.in_flight.add(delivery)
+            self._send(delivery)
         wake = lanes.next_wake()
         if wake is not None and (self._timer is None or wake < self._timer.when()):
             if self._timer is not None:
@@ -336,11 +388,9 @@ class Deliverer:
         self._timer = None
         self.pump()
 
-    def _send(self, lane: Lane[Delivery], delivery: Delivery) -> None:
+    def _send(self, delivery: Delivery) -> None:
         subscriber = delivery.subscriber
         endpoint = subscriber.endpoint
-        delivery.era = lane.window.generation
-        self.in_flight.add(delivery)
         if subscriber.origin is None:
             self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=subscriber.error))
             return
@@ -351,6 +401,8 @@ class Deliverer:
             self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=str(error)))
             return
         wall = self._wall()
+        if wall >= subscriber.resign_at:
+            self._equip(subscriber)
         delivery.sent_wall = wall
         event_id, timestamp = payload.event_id.encode(), b"%d" % wall
         signed = subscriber.signer.headers(event_id, timestamp, body, by_previous=delivery.other_secret)
@@ -372,21 +424,30 @@ class Deliverer:
         subscriber = delivery.subscriber
         lane = subscriber.lane
         now = self._loop.time()
-        if attempt.status in (401, 403) and not delivery.other_secret and subscriber.signer.is_rotating and self.running:
-            delivery.other_secret = True  # a rotation under way: the other secret, at once, not counted
-            self._send(lane, delivery)
+        if delivery not in self.in_flight:  # the shard was lost meanwhile: the delivery is somebody else's
+            self.lanes.done(lane, RELEASED.signal, delivery.era, now, self._dead_delay_s)
             return
-        self.in_flight.discard(delivery)
+        if attempt.status in (401, 403) and self._has_other_secret(delivery):
+            delivery.other_secret = True  # a rotation under way: the other secret, at once, not counted
+            self._send(delivery)
+            return
+        self.in_flight.remove(delivery)
+        self.passed_on += 1
         outcome = RELEASED if isinstance(attempt, Released) else judge(attempt.result, attempt.status)
         self._settle(delivery, attempt, outcome)
         dead = self.lanes.done(lane, outcome.signal, delivery.era, now, self._dead_delay_s)
         if dead is not None:
-            self._put_back(subscriber, dead)
-        if subscriber.backlog and len(lane.todo) < 16:
+            self._put_back(dead)
+        if subscriber.held and len(lane.todo) < PULL_BELOW:
             self.on_hungry(subscriber)
         if not self.in_flight:
             self._idle.set()
         self.pump()
+
+    def _has_other_secret(self, delivery: Delivery) -> bool:
+        subscriber = delivery.subscriber
+        may_send = self.running and not subscriber.lane.paused
+        return may_send and not delivery.other_secret and subscriber.signer.is_rotating
 
     def _dead_delay_s(self, deaths: int) -> float:
         return dead_delay_s(deaths, self._random())
@@ -441,16 +502,13 @@ class Deliverer:
         """An ordered webhook's delivery failed: whatever comes after it waits for its retry."""
         subscriber = delivery.subscriber
         subscriber.head_key = delivery.key
-        subscriber.backlog = True
-        self._put_back(subscriber, self.lanes.release(subscriber.lane))
+        subscriber.held = subscriber.backlog = True
+        self._put_back(self.lanes.release(subscriber.lane))
 
     def _release(self, delivery: Delivery) -> None:
-        """Our fault or our end, not the endpoint's: as if it had never been taken."""
+        """Our fault or our end, not the endpoint's: not counted, and due again soon."""
         self._telemetry.released += 1
         delivery.other_secret = False
-        if delivery.row is Row.HELD:
-            self.park(delivery)
-            return
         due = datetime.fromtimestamp(self._wall() + RELEASE_DELAY_S, UTC)
         self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, due, None)
         if delivery.subscriber.endpoint.ordered:
@@ -462,11 +520,10 @@ class Deliverer:
 
     # ── what holds the cursor, and what ends ───────────────────────────────────────────────────────────────────────
 
-    def insure(self, page_before: float, *, queued_before: float, due_s: float) -> int:
-        """Write pending rows for deliveries of old pages, so that the cursor may pass them; return how many.
+    def insure(self, page_before: float, *, due_s: float) -> None:
+        """Write pending rows for what is in flight since before `page_before` (loop time), so that the cursor may pass it.
 
-        In flight since before `page_before` (loop time the page was read): stragglers, due `due_s` after their deadline,
-        should this process not live to see their end. Still queued since before `queued_before`: held, and out of the lane.
+        Stragglers: due `due_s` after their deadline, should this process not live to see their end.
         """
         late = [d for d in self.in_flight if d.page is not None and d.page.read_at < page_before]
         wall = self._wall()
@@ -474,31 +531,36 @@ class Deliverer:
             due = datetime.fromtimestamp(wall + delivery.subscriber.endpoint.timeout_s + due_s, UTC)
             self._ledger.pending(delivery, _PENDING, due, None, straggler=True)
             delivery.row = Row.DUE
-            self.rows[delivery.key] = delivery
-        slow = [
-            s
-            for s in self.subscribers.values()
-            if s.lane.todo
-            and (page := getattr(s.lane.todo[0], "page", None)) is not None
-            and page.read_at < queued_before
-        ]
-        for subscriber in slow:
-            self._put_back(subscriber, self.lanes.release(subscriber.lane))
-        return len(late) + len(slow)
+            self.rows.add(delivery.key)
+
+    def spill_old(self, page_before: float) -> None:
+        """Hold the queues with deliveries read before `page_before` (loop time), so that the cursor may pass them."""
+        for subscriber in self.subscribers.values():
+            if any(_is_older(entry, page_before) for entry in subscriber.lane.todo):
+                self._put_back(self.lanes.release(subscriber.lane))
+
+    def spill_slow(self, drain_s: float) -> None:
+        """Hold the queues that will take longer than `drain_s`: the room is for webhooks that answer."""
+        for subscriber in self.subscribers.values():
+            if subscriber.lane.todo and subscriber.lane.drain_estimate_s() > drain_s:
+                self._put_back(self.lanes.release(subscriber.lane))
 
     def drop_queued(self) -> None:
         """Empty all lanes without a trace: the outbox will be read again from the persisted cursor, the rows pulled again."""
         for subscriber in self.subscribers.values():
             for delivery in self.lanes.release(subscriber.lane):
                 self._telemetry.released += 1
-                if delivery.row is not Row.NONE:
-                    self.rows.pop(delivery.key, None)
+                self.passed_on += 1
+                self.rows.discard(delivery.key)
             subscriber.rewind()
 
     def forget_all(self) -> None:
         """Another daemon owns the shard now: what is in memory is not ours any more."""
         self.drop_queued()
         self.rows.clear()
+        self.passed_on += len(self.in_flight)
+        self.in_flight.clear()
+        self._idle.set()
         for subscriber in list(self.subscribers.values()):
             del self.subscribers[subscriber.endpoint.id]
             self.lanes.forget(subscriber.lane)
@@ -522,3 +584,9 @@ class Deliverer:
         bad = [s for s in self.subscribers.values() if s.lane.window.health is not Health.READY or s.error or s.backlog]
         bad.sort(key=lambda s: (s.lane.window.health is Health.READY, -len(s.lane.todo)))
         return bad[:most]
+
+
+def _is_older(entry: Any, page_before: float) -> bool:
+    """Whether an entry of a lane's queue, a first attempt that is, comes of a page read before that."""
+    page = getattr(entry, "page", None)
+    return page is not None and page.read_at < page_before

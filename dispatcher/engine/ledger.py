@@ -223,7 +223,6 @@ class Ledger:
 
     async def run(self, shard: ShardStore, endpoints: Any, epoch: int) -> None:
         """Flush until told to finish. Raises Fenced, or whatever broke the connection; the batch in doubt is kept."""
-        self._finishing = False
         while not self._finishing:
             await self._wake.wait()
             await self.flush(shard, endpoints, epoch)
@@ -282,6 +281,7 @@ class Ledger:
     async def resume(self, shard: ShardStore, endpoints: Any, epoch: int, last_batch: int) -> None:
         """On a new connection, before anything else: settle the batch in doubt, if there is one, else count on from the shard's."""
         self._written = None
+        self._finishing = False
         if self._doubt is None:
             self._number = last_batch
             return

@@ -9,13 +9,19 @@ before the *frontier*, some minutes ahead, and is refilled below half. What fire
 **Order.** Refill publishes the frontier, then selects; the ledger commits, then compares with the frontier. Of the four orders only
 this one loses nothing: a row committed before the select is selected, one committed after it finds the frontier published.
 
-**Rule, held.** A webhook with a backlog has rows due at infinity. They are pulled oldest first, a few at a time, whenever its lane runs low; new
-deliveries go behind them. The backlog ends with a pull that comes back short while nothing of that webhook was on its way into
-the database. A dead webhook is pulled for one probe when its time is over.
+**Rule, held.** A webhook with a backlog has rows due at infinity. They are pulled oldest first, a few at a time, whenever its lane
+runs low; new deliveries go behind them. A pull that comes back short ends that, at once for ordinary webhooks (what is still on its
+way into the database is pulled when it is there), and for ordered ones when nothing is on its way. A dead webhook is pulled for a
+probe when its time is over.
 
-**Edge.** A key that fires while its delivery is in memory (a straggler still in flight) is skipped: whoever has it settles it. Rows of webhooks that
-are gone or disabled are pulled like any backlog and discarded. A wheel that holds its bound lowers the frontier: what lies beyond
-comes back with the next refill.
+**Invariant, held.** A pull sees a snapshot older than the moment its rows arrive. So what left memory meanwhile is skipped (`_gone`:
+its row has changed), and nothing is taken from behind the point where something was put back or in meanwhile (`behind`): the
+position never passes a row that nobody has seen. Only a pull during which nothing of that webhook was parked proves that nothing is held.
+
+**Edge.** A key that fires while its delivery is in memory (a straggler still in flight) is skipped: whoever has it settles it. So is one
+whose row says later than the wheel: it was read before a newer time was written. Rows of webhooks that are gone or disabled are
+pulled like any backlog and discarded. A wheel that can hold no more, or not so far ahead, lowers the frontier: what lies beyond comes
+back with a refill.
 """
 
 from __future__ import annotations
@@ -26,11 +32,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from dispatcher.core.rendering import Payload
 from dispatcher.core.routing import Registry
 from dispatcher.core.wheel import TICK_S, Wheel, due_tick, elapsed_tick
 from dispatcher.core.window import Health
-from dispatcher.engine.deliverer import Deliverer, Delivery, Event, Row, Subscriber
+from dispatcher.engine.deliverer import FIRST_KEY, LAST_KEY, PULL_BELOW, Deliverer, Delivery, Event, Row, Subscriber, payload_of
 from dispatcher.engine.ledger import HELD_UNTIL, Committed, Ledger
 from dispatcher.errors import Undeliverable
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointId, EndpointStatus
@@ -43,8 +48,8 @@ REFILL_ROWS: Final = 20_000
 WHEEL_KEYS_MAX: Final = 200_000  # 50 MB of keys
 FIRE_ROWS: Final = 500
 PULL_ROWS: Final = 128  # per webhook and pull
-PULL_ENDPOINTS: Final = 64  # per statement
-PULL_BELOW: Final = 16  # a lane with less than this queued is hungry
+PULL_ROWS_IN_ALL: Final = 1024  # 5 ms of parsing
+PULLED_SHARE: Final = 2  # backlogs may fill half of the room for retries: what comes due needs some too
 PROBE_ROWS: Final = 4
 PULL_S: Final = 0.005
 ORPHAN_ROWS: Final = 1000
@@ -63,6 +68,7 @@ class Retries:
         ledger: Ledger,
         telemetry: Telemetry,
         registry: Callable[[], Registry],
+        recovering: Callable[[], bool] = lambda: False,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._pending = pending
@@ -70,15 +76,16 @@ class Retries:
         self._ledger = ledger
         self._telemetry = telemetry
         self._registry = registry
+        self._recovering = recovering  # events older than what is held may still come
         self._wall = wall
         self._loop = asyncio.get_running_loop()
         self._wheel: Wheel[DeliveryKey] = Wheel(elapsed_tick(self._loop.time()))
         self._frontier = BEGINNING
-        self._hungry: set[Subscriber] = set()
+        self._hungry: dict[Subscriber, None] = {}  # in the order they became so
+        self._gone: set[DeliveryKey] | None = None  # while a pull is under way: what left memory meanwhile
         self._orphans: dict[int, tuple[int, int]] = {}  # endpoint id of a webhook gone or disabled -> pulled up to
         self._wake = asyncio.Event()
         self.progress_at = self._loop.time()
-        self.oldest_due: datetime | None = None
 
     @property
     def waiting(self) -> int:
@@ -91,31 +98,33 @@ class Retries:
         """The ledger's batch stands: what left memory may be fetched again, what is due soon goes into the wheel."""
         rows, subscribers = self._deliverer.rows, self._deliverer.subscribers
         waiting = {key for key, _ in committed.due} if committed.due else ()
+        if self._gone is not None:
+            self._gone.update(committed.left)
         for key in committed.left:
-            rows.pop(key, None)
+            rows.discard(key)
             subscriber = subscribers.get(key[0])
             if subscriber is not None and subscriber.head_key == key and key not in waiting:
                 subscriber.head_key = None  # settled, or held like the others: the oldest is next
                 self.hungry(subscriber)
-        frontier = self._frontier
+        for subscriber in committed.parked:
+            self.hungry(subscriber)
         for key, due in committed.due:
-            if due < frontier:
-                if len(self._wheel) >= WHEEL_KEYS_MAX:
-                    self._frontier = frontier = due
-                else:
-                    self._insert(key, due)
-        if self._hungry:
-            self._wake.set()
+            self._wait(key, due)
+        self._deliverer.pump()  # it may have stopped because the ledger was full
 
     def hungry(self, subscriber: Subscriber) -> None:
-        """A webhook with a backlog may be able to take more."""
-        if subscriber.backlog:
-            self._hungry.add(subscriber)
+        """A webhook with something held may be able to take more."""
+        if subscriber.held:
+            self._hungry[subscriber] = None
             self._wake.set()
 
-    def _insert(self, key: DeliveryKey, due: datetime) -> bool:
+    def _wait(self, key: DeliveryKey, due: datetime) -> None:
+        """Put a key into the wheel if it is due before the frontier."""
+        if due >= self._frontier:
+            return
         monotonic = due.timestamp() - self._wall() + self._loop.time()
-        return self._wheel.insert(key, due_tick(monotonic))
+        if len(self._wheel) >= WHEEL_KEYS_MAX or not self._wheel.insert(key, due_tick(monotonic)):
+            self._frontier = due
 
     # ── the clock ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -129,15 +138,13 @@ class Retries:
     def _adopt(self, endpoint_id: int, head: DeliveryKey | None) -> None:
         endpoint = self._registry().by_id(EndpointId(endpoint_id))
         if endpoint is None or endpoint.status is EndpointStatus.DISABLED:
-            self._orphans[endpoint_id] = (-1, -1)
+            self.orphaned(endpoint_id)
             return
         subscriber = self._deliverer.subscriber(endpoint)
-        subscriber.backlog = True
+        subscriber.held = subscriber.backlog = True
         subscriber.head_key = head if endpoint.ordered else None
         subscriber.rewind()
-        if endpoint.status is EndpointStatus.PAUSED:
-            self._deliverer.lanes.pause(subscriber.lane)
-        self._hungry.add(subscriber)
+        self.hungry(subscriber)
 
     async def run(self) -> None:
         """Fire what is due, once per tick, until cancelled."""
@@ -153,7 +160,9 @@ class Retries:
 
     async def _refill(self, wall: datetime) -> None:
         start, end = self._frontier, wall + HORIZON
-        limit = REFILL_ROWS
+        limit = min(REFILL_ROWS, WHEEL_KEYS_MAX - len(self._wheel))
+        if limit <= 0:
+            return
         while True:
             self._frontier = end  # published first; see Order
             with self._telemetry.timed("refill"):
@@ -166,7 +175,7 @@ class Retries:
         for endpoint_id, seq, generation, due in rows:
             key = (endpoint_id, seq, generation)
             if key not in known:
-                self._insert(key, due)
+                self._wait(key, due)
         if len(rows) == limit:
             self._frontier = min(self._frontier, rows[-1][3])
 
@@ -180,27 +189,24 @@ class Retries:
             if not fired:
                 return
             keys = [key for key in fired if key not in self._deliverer.rows]
-            try:
-                with self._telemetry.timed("fetch"):
-                    rows = await self._pending.fetch(keys)
-            except BaseException:
-                for key in keys:  # not lost: the next engine, or this one reconnected, reads them again
-                    self._wheel.insert(key, self._wheel.elapsed + 1)
-                raise
+            with self._telemetry.timed("fetch"):
+                rows = await self._pending.fetch(keys)
+            wall = datetime.fromtimestamp(self._wall(), UTC)
             for row in rows:
-                self._recall(row, Row.DUE)
+                if row[4] > wall:
+                    self._wait((row[0], row[1], row[2]), row[4])
+                else:
+                    self._recall(row, Row.DUE)
             self._deliverer.pump()
 
     def _notice(self) -> None:
         """Webhooks whose death is over, or that were forgotten about, are hungry again."""
         now = self._loop.time()
         for subscriber in self._deliverer.subscribers.values():
-            if subscriber.backlog and not subscriber.lane.paused:
+            if subscriber.held and not subscriber.lane.paused:
                 window = subscriber.lane.window
                 if window.health is not Health.DEAD or now >= window.dead_until:
-                    self._hungry.add(subscriber)
-        if self._hungry or self._orphans:
-            self._wake.set()
+                    self.hungry(subscriber)
 
     # ── backlogs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -209,68 +215,87 @@ class Retries:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            await self._pull()
-            if self._orphans:
-                await self._bury()
+            self._gone = set()
+            try:
+                await self._pull()
+                if self._orphans:
+                    await self._bury()
+            finally:
+                self._gone = None
             await asyncio.sleep(PULL_S)
 
     def _appetite(self, subscriber: Subscriber) -> int:
         lane, window = subscriber.lane, subscriber.lane.window
-        if lane.paused or subscriber.head_key is not None or len(lane.todo) >= PULL_BELOW:
+        if not subscriber.held or lane.paused or len(lane.todo) >= PULL_BELOW:
+            return 0
+        if subscriber.head_key is not None or (subscriber.endpoint.ordered and self._recovering()):
             return 0
         if window.health is Health.DEAD:
             return PROBE_ROWS if self._loop.time() >= window.dead_until else 0
         lanes = self._deliverer.lanes
-        return max(0, min(PULL_ROWS, lanes.room_for_lane, lanes.retries_queued_max - lanes.retries_queued))
+        return max(0, min(PULL_ROWS, lanes.room_for_lane, self._room_for_pulled))
+
+    @property
+    def _room_for_pulled(self) -> int:
+        lanes = self._deliverer.lanes
+        return lanes.retries_queued_max // PULLED_SHARE - lanes.retries_queued
+
+    def _asking(self) -> list[tuple[Subscriber, int, int]]:
+        """Whom to pull for: with how many at most, and its parks so far (-1 while some of them are on their way)."""
+        asking = []
+        room = min(PULL_ROWS_IN_ALL, self._room_for_pulled)
+        while self._hungry and room > 0 and not self._ledger.full:
+            subscriber = next(iter(self._hungry))
+            del self._hungry[subscriber]
+            most = min(room, self._appetite(subscriber))
+            if most > 0 and self._deliverer.subscribers.get(subscriber.endpoint.id) is subscriber:
+                room -= most
+                asking.append((subscriber, most, -1 if subscriber.unflushed else subscriber.parks))
+        return asking
 
     async def _pull(self) -> None:
-        asking: list[tuple[Subscriber, int, int]] = []  # with how many at most, and its parks if none is under way
-        if self._ledger.full:
-            return
-        for subscriber in list(self._hungry)[:PULL_ENDPOINTS]:
-            self._hungry.discard(subscriber)
-            most = self._appetite(subscriber) if subscriber.backlog else 0
-            if most:
-                asking.append((subscriber, most, -1 if subscriber.unflushed else subscriber.parks))
+        asking = self._asking()
         if not asking:
             return
+        for subscriber, _, _ in asking:
+            subscriber.behind = LAST_KEY
         with self._telemetry.timed("pull"):
             rows = await self._pending.pull([(s.endpoint.id, *s.after, most) for s, most, _ in asking])
-        count: dict[int, int] = {}
-        refused: set[int] = set()
+        found: dict[int, list[Any]] = {}
         for row in rows:
-            count[row[0]] = count.get(row[0], 0) + 1
-            if row[0] not in refused and not self._take(row):
-                refused.add(row[0])
+            found.setdefault(row[0], []).append(row)
         for subscriber, most, parks in asking:
-            short = count.get(subscriber.endpoint.id, 0) < most
-            if short and subscriber.parks == parks and subscriber.endpoint.id not in refused:
-                self._finish(subscriber)
-            elif not short:
-                self._hungry.add(subscriber)
-                self._wake.set()
+            if self._deliverer.subscribers.get(subscriber.endpoint.id) is subscriber:
+                self._digest(subscriber, found.get(subscriber.endpoint.id, []), most, parks)
         self._deliverer.pump()
 
-    def _take(self, row: Any) -> bool:
-        """Put one pulled row into its lane and remember how far we are; False if the lane cannot take it."""
-        subscriber = self._deliverer.subscribers.get(row[0])
-        if subscriber is None:
-            return False
-        if not self._recall(row, Row.HELD):
-            return False
-        subscriber.after = (row[1], row[2])
-        return True
+    def _digest(self, subscriber: Subscriber, rows: list[Any], most: int, parks: int) -> None:
+        """Take what a pull brought for one webhook, and see whether that was all."""
+        is_whole = all(self._take(subscriber, row) for row in rows)
+        if not is_whole or len(rows) == most:
+            if self._appetite(subscriber):
+                self.hungry(subscriber)
+        elif subscriber.parks == parks and subscriber.head_key is None:
+            subscriber.held = subscriber.backlog = False
+            subscriber.after = FIRST_KEY
+        elif not subscriber.endpoint.ordered and not subscriber.lane.paused:
+            # What came in meanwhile is pulled when it is committed. To hold everything until a pull meets no park at all
+            # would cost a webhook under steady load a pending row per delivery, for ever.
+            subscriber.backlog = False
 
-    def _finish(self, subscriber: Subscriber) -> None:
-        """A pull came back short: whatever is held is in memory, and what comes next may go straight to the lane."""
-        subscriber.backlog = False
-        subscriber.rewind()
+    def _take(self, subscriber: Subscriber, row: Any) -> bool:
+        """Put one pulled row into its lane and remember how far we are; False if that cannot be."""
+        place = (row[1], row[2])
+        if place > subscriber.behind or subscriber.head_key is not None or not self._recall(row, Row.HELD):
+            return False
+        subscriber.after = place
+        return True
 
     def _recall(self, row: Any, kind: Row) -> bool:
         """Make a delivery of a pending row and hand it over; False if its lane cannot take it now."""
         endpoint_id, seq, generation, attempts, _due, _state, xid, written_at, event_id, _account, type_, data, created_at = row
         key = (endpoint_id, seq, generation)
-        if key in self._deliverer.rows:
+        if key in self._deliverer.rows or (kind is Row.HELD and self._gone and key in self._gone):
             return True
         endpoint = self._registry().by_id(endpoint_id)
         if endpoint is None or endpoint.status is EndpointStatus.DISABLED:
@@ -280,24 +305,32 @@ class Retries:
         try:
             if event_id is None:
                 raise Undeliverable("the event is older than the retention of events")
-            payload = Payload(event_id, type_, created_at, data)
+            payload = payload_of(event_id, type_, created_at, data)
         except Undeliverable as error:
             self._bury_row(row, str(error))
             return True
-        delivery = Delivery(Event(seq, xid, written_at, payload), subscriber, None, generation, attempts, kind)
-        if self._deliverer.recall(delivery):
-            return True
-        if kind is Row.DUE:
-            self._deliverer.park(delivery)
-        return False
+        return self._deliverer.recall(
+            Delivery(Event(seq, xid, written_at, payload), subscriber, None, generation, attempts, kind)
+        )
 
     def _bury_row(self, row: Any, reason: str) -> None:
+        key = (row[0], row[1], row[2])
+        if key in self._deliverer.rows or (self._gone and key in self._gone):
+            return
+        self._deliverer.rows.add(key)
         self._ledger.discard_row(row, reason)
         self._telemetry.deliveries[_DISCARDED] += 1
 
     async def _bury(self) -> None:
         """Discard what is held for webhooks that are gone or disabled, a bounded step at a time."""
+        for endpoint_id in list(self._orphans):
+            endpoint = self._registry().by_id(EndpointId(endpoint_id))
+            if endpoint is not None and endpoint.status is not EndpointStatus.DISABLED:
+                del self._orphans[endpoint_id]
+                self._adopt(endpoint_id, None)  # resumed meanwhile: what is left of it is held
         positions = [(endpoint_id, *after, ORPHAN_ROWS) for endpoint_id, after in list(self._orphans.items())[:4]]
+        if not positions:
+            return
         rows = await self._pending.pull(positions)
         for endpoint_id, _, _, _ in positions:
             own = [row for row in rows if row[0] == endpoint_id]
@@ -312,12 +345,5 @@ class Retries:
 
     def orphaned(self, endpoint_id: int) -> None:
         """A webhook was deleted or disabled: what is held for it goes."""
-        self._orphans[endpoint_id] = (-1, -1)
+        self._orphans[endpoint_id] = FIRST_KEY
         self._wake.set()
-
-    def reset(self) -> None:
-        """Start over from the database: nothing is in the wheel."""
-        self._wheel = Wheel(elapsed_tick(self._loop.time()))
-        self._frontier = BEGINNING
-        self._hungry.clear()
-        self._orphans.clear()

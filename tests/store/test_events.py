@@ -21,9 +21,13 @@ def events(pool: Any) -> EventStore:
     return EventStore(pool, look_max=10)
 
 
-async def insert(pool: Any, id: str, type: str = "a.b", data: str = "{}", account: str = "acme") -> None:
+async def insert(pool: Any, event_id: str, type_: str = "a.b", data: str = "{}", account: str = "acme") -> None:
     await pool.execute(
-        "INSERT INTO dispatcher.outbox (account, id, type, data) VALUES ($1, $2, $3, $4)", account, id, type, data
+        "INSERT INTO dispatcher.outbox (account, id, type, data) VALUES ($1, $2, $3, $4)",
+        account,
+        event_id,
+        type_,
+        data,
     )
 
 
@@ -154,7 +158,7 @@ async def test_an_event_dated_beyond_the_calendar_is_shown_without_a_date(
 async def test_data_too_large_to_show_is_left_out(events: EventStore, pool: Any) -> None:
     fits = '"%s"' % ("x" * (DATA_BYTES_MAX - 2))
     await insert(pool, "evt_1", data=fits)
-    await insert(pool, "evt_2", data=fits[:-1] + 'x"', type="T" * 300)
+    await insert(pool, "evt_2", data=fits[:-1] + 'x"', type_="T" * 300)
     shown = (await events.list("acme", limit=2)).events
     assert [event.data for event in shown] == [None, fits]
     assert shown[0].type == "T" * 256

@@ -66,7 +66,8 @@ async def _fill(dsn: str) -> None:
             SELECT 'wh_' || n, 1 + n % 500, 'https://example.com/', '{*}' FROM generate_series(1, 5000) n;
         INSERT INTO dispatcher.endpoint_health (endpoint_id) SELECT id FROM dispatcher.endpoint WHERE id % 2 = 0;
         INSERT INTO dispatcher.outbox (account, id, type, data, written_at)
-            SELECT 'a' || n % 50, 'evt_' || n, 'a.b', '{}', now() + n % 3 * interval '1 day' FROM generate_series(1, 9000) n;
+            SELECT 'a' || n % 50, 'evt_' || n, 'a.b', '{}', now() + n % 3 * interval '1 day'
+            FROM generate_series(1, 9000) n;
         INSERT INTO dispatcher.discarded_event (event_seq, reason) SELECT seq, 'x' FROM dispatcher.outbox;
         """
     )
