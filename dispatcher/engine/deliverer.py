@@ -36,7 +36,7 @@ from dispatcher.core.window import Health
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
 from dispatcher.engine.transport import Released, Transport
 from dispatcher.errors import AddressRefused, Undeliverable
-from dispatcher.model import Attempt, DeliveryKey, DeliveryState, Endpoint, EndpointStatus, Result
+from dispatcher.model import Attempt, DeliveryKey, DeliveryState, Endpoint, EndpointId, EndpointStatus, Result
 from dispatcher.telemetry import Telemetry
 
 PULL_BELOW: Final = 16  # a lane with less than this queued may be pulled for
@@ -83,12 +83,13 @@ class Event:
 class OpenPage:
     """A page of the outbox with deliveries not resolved yet; the cursor may not pass it before `left` is zero."""
 
-    __slots__ = ("after", "left", "read_at")
+    __slots__ = ("after", "data_bytes", "left", "read_at")
 
-    def __init__(self, after: Any, read_at: float) -> None:
+    def __init__(self, after: Any, read_at: float, data_bytes: int = 0) -> None:
         self.after = after  # the cursor once this page is resolved
         self.left = 1  # one for the routing itself
         self.read_at = read_at  # loop time
+        self.data_bytes = data_bytes  # of its events
 
 
 class Delivery:
@@ -250,7 +251,9 @@ class Deliverer:
             target = self._guard.check_url(endpoint.url)
         except AddressRefused as error:
             subscriber.error = str(error)
-            subscriber.origin = None
+            if subscriber.origin is not None:
+                subscriber.origin.close()
+                subscriber.origin = None
             return
         if subscriber.origin is None:
             subscriber.origin = self._transport.origin(target)
@@ -267,7 +270,7 @@ class Deliverer:
         for subscriber in self.subscribers.values():
             self._equip(subscriber)
 
-    def apply(self, endpoints: Callable[[int], Endpoint | None]) -> None:
+    def apply(self, endpoints: Callable[[EndpointId], Endpoint | None]) -> None:
         """Take a changed registry over: new settings now, and what is paused, disabled or gone stops at once."""
         for subscriber in list(self.subscribers.values()):
             endpoint = endpoints(subscriber.endpoint.id)
@@ -340,6 +343,11 @@ class Deliverer:
             self.rows.add(delivery.key)
             self.park(delivery)
         return False
+
+    def hold(self, delivery: Delivery) -> None:
+        """Take a first attempt over and hold it, whatever its lane could do."""
+        self.taken += 1
+        self.park(delivery)
 
     def park(self, delivery: Delivery) -> None:
         """Hold a delivery in a pending row until its webhook can take it."""

@@ -42,7 +42,6 @@ QUERY_TRIES: Final = 3  # these: about 14 s until a silent server ends a lookup
 
 ADDRESSES_MAX: Final = 8  # of one name; an answer with a thousand would otherwise be a port scan by our hand
 HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # RFC 8305 §5
-TLS_SHUTDOWN_S: Final = 2.0  # what a peer gets to answer our close_notify; the transport's own default is 30
 TUNNEL_ANSWER_BYTES_MAX: Final = 8192  # head of a proxy's answer to CONNECT
 
 # c-ares errors that say nothing about the name: no memory, no file, the library was shut down.
@@ -191,7 +190,7 @@ class Dialer:
         proxy: str | None = None,
         source_address: str | None = None,
     ) -> None:
-        self._guard = guard
+        self.guard = guard
         self._resolver = resolver
         self._loop = loop or asyncio.get_running_loop()
         self._context = _tls_context(ca_file)
@@ -226,7 +225,7 @@ class Dialer:
         refusal: AddressRefused | None = None
         for address in found:
             try:
-                self._guard.check_address(address, target.scheme)
+                self.guard.check_address(address, target.scheme)
             except AddressRefused as error:
                 refusal = error
             else:
@@ -299,9 +298,7 @@ class Dialer:
     async def _start_tls(self, opening: _Opening, host: str, make: Callable[[], P]) -> P:
         raw, protocol = opening.transport, make()
         try:
-            secured = await self._loop.start_tls(
-                raw, protocol, self._context, server_hostname=host, ssl_shutdown_timeout=TLS_SHUTDOWN_S
-            )
+            secured = await self._loop.start_tls(raw, protocol, self._context, server_hostname=host)
         except BaseException:
             raw.abort()
             raise

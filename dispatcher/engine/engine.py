@@ -29,10 +29,10 @@ from dispatcher.core.routing import Registry
 from dispatcher.engine.deliverer import Deliverer, Delivery
 from dispatcher.engine.leases import Instance, Listener
 from dispatcher.engine.ledger import Ledger
-from dispatcher.engine.outbox import OutboxReader
+from dispatcher.engine.outbox import PAGE_ROWS, SAFETY_S, OutboxReader
 from dispatcher.engine.retries import Retries
 from dispatcher.engine.transport import Transport
-from dispatcher.errors import DatabaseUnreachable, Fenced
+from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
 from dispatcher.model import EndpointStatus
 from dispatcher.store.database import TROUBLE, check_schema, connect, statements
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
@@ -50,6 +50,7 @@ UPKEEP_S: Final = 0.25
 STRAGGLER_S: Final = 2.0  # in flight longer than this after it was read: insured, so that it does not hold the cursor
 SLOW_QUEUE_S: Final = 10.0
 GRACE_S: Final = 10.0  # behind a straggler's deadline
+GAUGES_S: Final = 1.0
 SWEEP_S: Final = 30.0
 RETENTION_S: Final = 600.0
 WORST: Final = 10
@@ -93,6 +94,8 @@ class Engine:
         self.settings = settings
         self.role = "standby"
         self.database = False
+        self.page_rows = PAGE_ROWS
+        self.safety_s = SAFETY_S
         self.settled = False  # active, or standing by for another daemon, at least once
         self._loop = loop
         self._wall = wall
@@ -151,18 +154,20 @@ class Engine:
             self._reader.reload_soon()
 
     async def run(self) -> None:
-        """Run sessions until stopped."""
+        """Run sessions until stopped. Raises SchemaMismatch and ConfigurationError, since no waiting mends those."""
         failures = 0
-        while not self._stopping.is_set():
-            began = self._loop.time()
-            try:
-                await self._unless_stopped(self._session())
-            except* Fenced as group:
-                self._lose(group.exceptions[0])
-            except* (DatabaseUnreachable, *TROUBLE) as group:
-                failures = 1 if self._loop.time() - began > 60 else failures + 1
-                await self._mourn(group, failures)
-        await self._transport.close()
+        try:
+            while not self._stopping.is_set():
+                began = self._loop.time()
+                try:
+                    await self._unless_stopped(self._session())
+                except* Fenced as group:
+                    self._lose(group)
+                except* (DatabaseUnreachable, *TROUBLE) as group:
+                    failures = 1 if self._loop.time() - began > 60 else failures + 1
+                    await self._mourn(group, failures)
+        finally:
+            await self._transport.close()
 
     async def _unless_stopped(self, session: Any) -> None:
         """Run a session; a stop before it is under way ends it, after that it drains by itself."""
@@ -172,18 +177,17 @@ class Engine:
             await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
             if not task.done() and self.role == "standby":
                 task.cancel()
-            try:
-                await task
-            except asyncio.CancelledError:
-                if not self._stopping.is_set():
-                    raise
+            await asyncio.wait((task,))
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise _plain(error)
         finally:
             stop.cancel()
+            if not task.done():  # we are being cancelled: so is the session
+                task.cancel()
+                await asyncio.wait((task,))
 
     async def _mourn(self, group: BaseExceptionGroup[BaseException], failures: int) -> None:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+        error = _first(group)
         self.database = False
         self.role = "standby"
         delay_s = reconnect_delay_s(failures, self._dice.random())
@@ -196,7 +200,7 @@ class Engine:
             pass
 
     def _lose(self, error: BaseException) -> None:
-        log.warning("lease.lost", reason=str(error))
+        log.warning("lease.lost", reason=str(_first(error)))
         self.role = "standby"
         self._epoch = 0
         self.deliverer.forget_all()
@@ -208,7 +212,6 @@ class Engine:
         settings = self.settings
         listener = Listener(settings.listen_dsn, SHARD, self.instance, self.telemetry, self._dice)
         connections: list[Any] = []
-        orderly = False
         try:
             await listener.open()
             await check_schema(listener.connection)
@@ -218,13 +221,12 @@ class Engine:
             for name, extra in (("reader", {}), ("writer", commit), ("retries", {}), ("upkeep", {})):
                 connections.append(await connect(settings.dsn, name=f"dispatcher {name}", engine=True, settings=extra))
             await self._work(listener, *connections)
-            orderly = True
         finally:
             self.deliverer.running = False
             self.ledger.cursor = lambda: None
             for connection in connections:
                 connection.terminate()
-            await listener.close(leave=orderly)
+            await listener.close(leave=self._stopping.is_set())
 
     def _stand_by(self) -> None:
         self.role = "standby"
@@ -252,6 +254,8 @@ class Engine:
             telemetry=self.telemetry,
             load_registry=load_registry,
             dice=self._dice,
+            page_rows=self.page_rows,
+            safety_s=self.safety_s,
         )
         retries = Retries(
             PendingStore(retrying, SHARD),
@@ -259,6 +263,7 @@ class Engine:
             ledger=self.ledger,
             telemetry=self.telemetry,
             registry=lambda: reader.registry,
+            recovering=lambda: reader.recovering,
             wall=self._wall,
         )
         self.deliverer.on_hungry = retries.hungry
@@ -268,8 +273,10 @@ class Engine:
         await retries.start()
         self.ledger.cursor = reader.cursor
         self._reader, self._retries = reader, retries
-        registry_changed = asyncio.Event()
-        listener.on_wake = lambda: (reader.notified.set(), registry_changed.set())  # type: ignore[assignment, func-returns-value]
+        lost = asyncio.Event()
+        for connection in (listener.connection, reading, writing, retrying, upkeep):
+            connection.add_termination_listener(lambda _: lost.set())
+        listener.on_wake = reader.hear
         self.role = "active"
         self.settled = True
         self.deliverer.running = True
@@ -278,51 +285,50 @@ class Engine:
             reader.stop()
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(reader.run(state.cursor, recovering=True), name="outbox reader"),
-                group.create_task(self.ledger.run(shard, endpoints, self._epoch), name="ledger"),
+                group.create_task(reader.run(state.cursor, state.floor), name="outbox reader"),
                 group.create_task(retries.run(), name="retries"),
                 group.create_task(retries.run_backlogs(), name="backlogs"),
                 group.create_task(listener.run(), name="listener"),
                 group.create_task(self._upkeep(upkeep, registry_lock, reader), name="upkeep"),
+                group.create_task(self._retain(), name="retention"),
+                group.create_task(_raise_when(lost), name="connections"),
             ]
+            group.create_task(self.ledger.run(shard, endpoints, self._epoch), name="ledger")
             await self._stopping.wait()
             await self._drain(tasks[0])
             for task in tasks:
                 task.cancel()
+            self.ledger.finish()
         await self.ledger.flush(shard, endpoints, self._epoch)
         self.role = "standby"
 
     async def _take_over(self, shard: ShardStore, endpoints: EndpointStore, reader: OutboxReader) -> ShardState:
         state = await shard.state()
-        if self._epoch and state.epoch == self._epoch:
-            await reader.reload()
-            await self.ledger.resume(shard, endpoints, self._epoch, state.batch)
-            self.deliverer.drop_queued()
-            self.deliverer.insure(float("inf"), queued_before=float("-inf"), due_s=GRACE_S)
-            await self.ledger.flush(shard, endpoints, self._epoch)
-        else:
+        if not self._epoch or state.epoch != self._epoch:
             if self._epoch:
                 self._lose(Fenced("another daemon had the shard meanwhile"))
             self._epoch = await shard.take_over()
-            await self.ledger.resume(shard, endpoints, self._epoch, state.batch)
-            self.ledger.load_health(await endpoints.health())
-            await reader.reload()
+            state = await shard.state()  # its last flush may have come in between
+        await self.ledger.resume(shard, endpoints, self._epoch, state.batch)
+        self.deliverer.drop_queued()
+        self.deliverer.insure(float("inf"), due_s=GRACE_S)
+        await self.ledger.flush(shard, endpoints, self._epoch)
+        self.ledger.load_health(await endpoints.health())
+        await reader.reload()
         system = await shard.system()
-        if state.system not in ("", system):
+        if state.system != system:
             await self._naturalize(shard, endpoints, reader, system)
-        elif not state.system:
-            await shard.anchor(self._epoch, system)
         return await shard.state()
 
     async def _naturalize(self, shard: ShardStore, endpoints: EndpointStore, reader: OutboxReader, system: str) -> None:
         """The database was restored into another cluster: read by the clock once, then by its own transaction ids."""
         state = await shard.state()
         log.warning("restored", was=state.system, now=system)
-        cursor = await reader.reread(state.cursor.prev_at - CLOCK_SLACK)
-        await self.ledger.flush(shard, endpoints, self._epoch)
-        await shard.naturalize()
+        cursor = await reader.reread(
+            state.cursor.prev_at - CLOCK_SLACK, lambda: self.ledger.flush(shard, endpoints, self._epoch)
+        )
+        await shard.naturalize(self._epoch, system, cursor.prev, cursor.prev_at)
         await reader.reload()
-        await shard.anchor(self._epoch, system, cursor.prev, cursor.prev_at)
 
     async def _drain(self, reading: asyncio.Task[None]) -> None:
         deliverer = self.deliverer
@@ -338,27 +344,45 @@ class Engine:
     # ── upkeep ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _upkeep(self, connection: Any, lock: asyncio.Lock, reader: OutboxReader) -> None:
-        retention = Retention(connection, self.settings.events_kept_s, self.settings.attempts_kept_s)
-        retention_at = sweep_at = 0.0
-        version_at = 0.0
+        gauges_at = sweep_at = 0.0
         while True:
             before = self._loop.time()
             await asyncio.sleep(UPKEEP_S)
             now = self._loop.time()
             self.telemetry.loop_lag_s = max(0.0, now - before - UPKEEP_S)
-            self.deliverer.insure(now - STRAGGLER_S, queued_before=now - SLOW_QUEUE_S, due_s=GRACE_S)
-            if now >= version_at:
-                version_at = now + 1.0
+            self._free_cursor(reader.oldest_open_at, now)
+            if now >= gauges_at:
+                gauges_at = now + GAUGES_S
                 async with lock:
                     row = await connection.fetchrow(statements("shard")["gauges"])
                 self._newest_seq, self._oldest_pending_at = row
             if now >= sweep_at:
                 sweep_at = now + SWEEP_S
                 self.deliverer.sweep()
-            if now >= retention_at:
-                retention_at = now + RETENTION_S
-                async with lock:
-                    await retention.run()
+
+    def _free_cursor(self, oldest_at: float | None, now: float) -> None:
+        """Write pending rows for what has held the cursor for too long."""
+        if oldest_at is None:
+            return
+        if oldest_at < now - STRAGGLER_S:
+            self.deliverer.insure(now - STRAGGLER_S, due_s=GRACE_S)
+        if oldest_at < now - SLOW_QUEUE_S:
+            self.deliverer.spill_old(now - SLOW_QUEUE_S)
+
+    async def _retain(self) -> None:
+        """Retention now and then, on a connection of its own: it waits for locks, and nothing waits for it."""
+        settings = self.settings
+        while True:
+            try:
+                connection = await connect(settings.dsn, name="dispatcher retention")
+                try:
+                    await Retention(connection, settings.events_kept_s, settings.attempts_kept_s).run()
+                finally:
+                    await connection.close(timeout=5)
+            except (DatabaseUnreachable, *TROUBLE) as error:
+                log.warning("retention.failed", reason=str(error), retry_in_s=RETENTION_S)
+            await asyncio.sleep(RETENTION_S)
+            settings = self.settings
 
     # ── seen from outside ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -407,3 +431,23 @@ class Engine:
                 for s in deliverer.troubled(WORST)
             ],
         )
+
+
+async def _raise_when(lost: asyncio.Event) -> None:
+    """End the session as soon as a connection is lost, also one that nobody is using just then."""
+    await lost.wait()
+    raise ConnectionResetError("the database closed a connection")
+
+
+def _plain(error: BaseException) -> BaseException:
+    """What a person has to mend, out of its group; else the error as it is."""
+    if isinstance(error, BaseExceptionGroup):
+        mine = error.subgroup((SchemaMismatch, ConfigurationError))
+        return error if mine is None else _first(mine)
+    return error
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

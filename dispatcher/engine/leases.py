@@ -24,6 +24,8 @@ from dispatcher.store.database import connect, statements
 from dispatcher.store.shard import ShardStore
 from dispatcher.telemetry import Snapshot, Telemetry
 
+WAKE: Final = "dispatcher_wake"
+REGISTRY: Final = "dispatcher_registry"
 TRY_S: Final = (0.5, 1.0)
 HEARTBEAT_S: Final = 1.0
 
@@ -64,16 +66,16 @@ class Listener:
         self._telemetry = telemetry
         self._dice = dice
         self.connection: Any = None
-        self.on_wake: Callable[[], None] = lambda: None
+        self.on_wake: Callable[[str], None] = lambda channel: None
 
     async def open(self) -> None:
         """Connect and listen. Raises DatabaseUnreachable."""
         self.connection = await connect(self._dsn, name="dispatcher listener", engine=True)
-        for channel in ("dispatcher_wake", "dispatcher_registry"):
+        for channel in (WAKE, REGISTRY):
             await self.connection.add_listener(channel, self._heard)
 
-    def _heard(self, *_: object) -> None:
-        self.on_wake()
+    def _heard(self, _connection: object, _pid: int, channel: str, _payload: str) -> None:
+        self.on_wake(channel)
 
     async def acquire(self, standby: Callable[[], None]) -> None:
         """Return once the lease is ours; until then beat as a standby. `standby` is told once, when somebody else has it."""

@@ -28,22 +28,24 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime, timedelta
 from typing import Any, Final
 
-from dispatcher.core.rendering import Payload
 from dispatcher.core.routing import Registry
-from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Subscriber
+from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Subscriber, payload_of
+from dispatcher.engine.leases import REGISTRY
 from dispatcher.engine.ledger import Ledger
 from dispatcher.errors import Undeliverable
 from dispatcher.model import Endpoint
 from dispatcher.store.database import statements
-from dispatcher.store.outbox import Cursor, OutboxPages, Page
+from dispatcher.store.outbox import BEGINNING, Cursor, OutboxPages, Page
 from dispatcher.telemetry import Telemetry
 
 PAGE_ROWS: Final = 500  # 5 ms of routing at a fan-out of one: what a first attempt may wait behind
-OPEN_PAGES_MAX: Final = 256  # × PAGE_ROWS events in memory at most
+PAGE_BYTES: Final = 8 << 20  # of data: where events are large, pages are shorter
+OPEN_PAGES_MAX: Final = 20_000  # 8 MB; what is held back is spilled after 10 s, and 500 pages a second are read
+OPEN_BYTES_MAX: Final = 256 << 20  # of data in pages not resolved
 POLL_S: Final = 0.002  # while awake
 POLL_BUSY_S: Final = 0.005  # above BUSY_ROWS_PER_S: fewer, fuller pages
 BUSY_ROWS_PER_S: Final = 5000
@@ -70,9 +72,12 @@ class OutboxReader:
         telemetry: Telemetry,
         load_registry: Callable[[], Awaitable[Registry]],
         dice: random.Random,
+        page_rows: int = PAGE_ROWS,
+        safety_s: tuple[float, float] = SAFETY_S,
     ) -> None:
         self._connection = connection
-        self._pages = OutboxPages(connection)
+        self._page_rows = page_rows
+        self._safety_s = safety_s
         self._sql = statements("shard")
         self._deliverer = deliverer
         self._ledger = ledger
@@ -81,6 +86,8 @@ class OutboxReader:
         self._random = dice.random
         self._loop = asyncio.get_running_loop()
         self.notified = asyncio.Event()
+        self.registry_changed = False  # as far as we were told; the poll's own snapshot is what counts
+        self.recovering = True  # pages may hold what is settled or pending already
         self.registry = Registry((), -1)
         self.progress_at = self._loop.time()
         self._newest_known: int | None = None  # sequence number beyond which nothing was settled or pending at the start
@@ -88,6 +95,7 @@ class OutboxReader:
         self.read_seq = 0
         self.stopping = False
         self._open: deque[OpenPage] = deque()
+        self._open_bytes = 0  # at most: pages are counted until those before them are resolved
         self._resolved: Cursor | None = None
         self._touched_at = self._loop.time()
         self._asleep = False
@@ -103,7 +111,9 @@ class OutboxReader:
         """How far everything is resolved: asked by the ledger at each flush."""
         pages = self._open
         while pages and pages[0].left == 0:
-            self._resolved = pages.popleft().after
+            page = pages.popleft()
+            self._open_bytes -= page.data_bytes
+            self._resolved = page.after
         return self._resolved
 
     @property
@@ -113,20 +123,24 @@ class OutboxReader:
 
     # ── the loop ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def run(self, start: Cursor, *, recovering: bool) -> None:
-        """Read from `start` until stopped. `recovering`: pages may hold what is settled or pending already."""
-        await self._pages.prepare()
+    async def run(self, start: Cursor, floor: datetime = BEGINNING) -> None:
+        """Read from `start` until stopped; `floor` as in OutboxPages."""
+        pages = OutboxPages(self._connection, floor)
+        await pages.prepare()
         cursor = start
+        rows_max = self._page_rows
+        began_here = False  # the difference being read: it shows whatever an owner before us may have seen
         while not self.stopping:
             await self._room()
-            fresh = cursor.cur is None
+            began_here = began_here or cursor.cur is None
             with self._telemetry.timed("poll"):
-                page = await self._pages.read(cursor, PAGE_ROWS)
+                page = await pages.read(cursor, rows_max)
             self.progress_at = self._loop.time()
             if page.registry is not None and page.registry > self.registry.version:
                 await self.reload()
             if page.rows:
-                await self._route(page, recovering=recovering)
+                data_bytes = await self._route(page)
+                rows_max = min(self._page_rows, max(1, PAGE_BYTES * len(page.rows) // (data_bytes + 1)))
             elif not self._open:
                 self._advance(page.after)
             cursor = page.after
@@ -134,7 +148,7 @@ class OutboxReader:
             if page.rows:
                 self.read_seq = max(self.read_seq, page.rows[-1][3])
             if page.complete:
-                recovering = recovering and not fresh
+                self.recovering = self.recovering and not began_here
                 await self._pace(len(page.rows), page.after.prev[0])
 
     def _advance(self, cursor: Cursor) -> None:
@@ -144,13 +158,20 @@ class OutboxReader:
             self._touched_at = self._loop.time()
             self._ledger.touch()
 
+    def hear(self, channel: str) -> None:
+        """A notification came."""
+        self.registry_changed = self.registry_changed or channel == REGISTRY
+        self.notified.set()
+
     def reload_soon(self) -> None:
         """Load the registry anew before the next page is routed, changed or not."""
         self.registry = Registry(self.registry, -1)
+        self.registry_changed = True
         self.notified.set()
 
     async def reload(self) -> None:
         """Load the registry and let every webhook in memory know."""
+        self.registry_changed = False
         with self._telemetry.timed("registry"):
             registry = await self._load_registry()
         if registry.version > self.registry.version:
@@ -159,24 +180,35 @@ class OutboxReader:
 
     async def _room(self) -> None:
         """Back-pressure: wait until the engine can hold another page."""
-        lanes = self._deliverer.lanes
-        while not self.stopping and (
-            lanes.queued_max - lanes.queued < PAGE_ROWS or self._ledger.full or len(self._open) >= OPEN_PAGES_MAX
-        ):
+        while not self.stopping and self._is_full():
             self.progress_at = self._loop.time()
-            self.cursor()
+            if self.registry_changed:
+                await self.reload()
+            if not self._ledger.full:
+                self._deliverer.spill_slow(FAST_LANE_S)
             await asyncio.sleep(ROOM_S)
+
+    def _is_full(self) -> bool:
+        lanes = self._deliverer.lanes
+        if lanes.queued_max - lanes.queued < self._page_rows or self._ledger.full:
+            return True
+        if self._open_bytes < OPEN_BYTES_MAX and len(self._open) < OPEN_PAGES_MAX:
+            return False
+        self.cursor()
+        return len(self._open) >= OPEN_PAGES_MAX or sum(p.data_bytes for p in self._open if p.left) >= OPEN_BYTES_MAX
 
     # ── routing ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _route(self, page: Page, *, recovering: bool) -> None:
-        now = self._loop.time()
-        opened = OpenPage(page.after, now)
-        self._open.append(opened)
+    async def _route(self, page: Page) -> int:
+        """Hand a page's deliveries over; return the size of its data in bytes, about."""
         rows = page.rows
+        data_bytes = sum([len(row[8]) for row in rows if row[8] is not None])
+        opened = OpenPage(page.after, self._loop.time(), data_bytes)
+        self._open.append(opened)
+        self._open_bytes += data_bytes
         self._telemetry.events += len(rows)
         pairs = self._pairs(rows)
-        if recovering:
+        if self.recovering:
             known = await self._known(pairs)
             pairs = [pair for pair in pairs if (pair[1].id, pair[0].seq) not in known] if known else pairs
         deliverer = self._deliverer
@@ -192,21 +224,26 @@ class OutboxReader:
         if opened.left == 0:
             self._ledger.touch()
         deliverer.pump()
+        return data_bytes
 
-    def _pairs(self, rows: list[Any]) -> list[tuple[Event, Endpoint]]:
-        """Who gets what: (event, endpoint), events in the page's order."""
+    def _pairs(self, rows: list[Any], born: Mapping[int, datetime] | None = None) -> list[tuple[Event, Endpoint]]:
+        """Who gets what: (event, endpoint), events in the page's order. With `born`, subscribed is also who existed by the clock."""
         pairs: list[tuple[Event, Endpoint]] = []
         match = self.registry.match
         for _, _, _, seq, xid, event_id, account, type_, data, created_at, written_at in rows:
             try:
-                payload = Payload(event_id, type_, created_at, data)
+                payload = payload_of(event_id, type_, created_at, data)
             except Undeliverable as error:
                 self._ledger.discard_event(seq, str(error))
                 continue
             endpoints = match(account, type_)
             if endpoints:
                 event = Event(seq, xid, written_at, payload)
-                pairs += [(event, endpoint) for endpoint in endpoints if _is_subscribed(endpoint, xid)]
+                pairs += [
+                    (event, endpoint)
+                    for endpoint in endpoints
+                    if _is_subscribed(endpoint, xid) or (born and endpoint.id in born and born[endpoint.id] <= written_at)
+                ]
         return pairs
 
     async def _known(self, pairs: list[tuple[Event, Endpoint]]) -> set[tuple[int, int]]:
@@ -241,20 +278,23 @@ class OutboxReader:
             if len(subscriber.lane.todo) < before:
                 give_up_at = self._loop.time() + FAST_LANE_PATIENCE_S
 
-    async def reread(self, since: Any) -> Cursor:
+    async def reread(self, since: datetime, flush: Callable[[], Awaitable[None]]) -> Cursor:
         """After a restore into another cluster: hold whatever is neither settled nor pending; return the new cursor.
 
-        One repeatable-read snapshot for all of it, which becomes the cursor. Nothing is sent meanwhile.
+        One repeatable-read snapshot for all of it, which becomes the cursor. Nothing is sent meanwhile; `flush` is called after
+        each page and must write down what was held.
         """
         async with self._connection.transaction(isolation="repeatable_read", readonly=True):
             snapshot, at = await self._connection.fetchrow("SELECT pg_current_snapshot(), clock_timestamp()")
+            born = {row[0]: row[1] for row in await self._connection.fetch(statements("outbox")["born"])}
             rows = await self._connection.cursor(statements("outbox")["reread"], since)
-            while chunk := await rows.fetch(PAGE_ROWS):
-                pairs = self._pairs(chunk)
+            while chunk := await rows.fetch(self._page_rows):
+                pairs = self._pairs(chunk, born)
                 known = await self._known(pairs) if pairs else set()
                 for event, endpoint in pairs:
                     if (endpoint.id, event.seq) not in known:
-                        self._deliverer.park(Delivery(event, self._deliverer.subscriber(endpoint), None))
+                        self._deliverer.hold(Delivery(event, self._deliverer.subscriber(endpoint), None))
+                await flush()
         return Cursor(snapshot, at)
 
     # ── awake and asleep ───────────────────────────────────────────────────────────────────────────────────────────
@@ -276,7 +316,7 @@ class OutboxReader:
         if self._rate >= AWAKE_ROWS_PER_S:
             await self._wake_up()
             return
-        low, high = SAFETY_S
+        low, high = self._safety_s
         await self._sleep(GENTLE_S if self._barrier else low + (high - low) * self._random())
 
     def _measure(self, now: float, rows: int) -> None:

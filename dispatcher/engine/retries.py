@@ -36,7 +36,7 @@ from dispatcher.core.routing import Registry
 from dispatcher.core.wheel import TICK_S, Wheel, due_tick, elapsed_tick
 from dispatcher.core.window import Health
 from dispatcher.engine.deliverer import FIRST_KEY, LAST_KEY, PULL_BELOW, Deliverer, Delivery, Event, Row, Subscriber, payload_of
-from dispatcher.engine.ledger import HELD_UNTIL, Committed, Ledger
+from dispatcher.engine.ledger import Committed, Ledger
 from dispatcher.errors import Undeliverable
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointId, EndpointStatus
 from dispatcher.store.pending import PendingStore
@@ -295,7 +295,7 @@ class Retries:
         """Make a delivery of a pending row and hand it over; False if its lane cannot take it now."""
         endpoint_id, seq, generation, attempts, _due, _state, xid, written_at, event_id, _account, type_, data, created_at = row
         key = (endpoint_id, seq, generation)
-        if key in self._deliverer.rows or (kind is Row.HELD and self._gone and key in self._gone):
+        if key in self._deliverer.rows or (kind is Row.HELD and self._has_left(key)):
             return True
         endpoint = self._registry().by_id(endpoint_id)
         if endpoint is None or endpoint.status is EndpointStatus.DISABLED:
@@ -313,11 +313,11 @@ class Retries:
             Delivery(Event(seq, xid, written_at, payload), subscriber, None, generation, attempts, kind)
         )
 
+    def _has_left(self, key: DeliveryKey) -> bool:
+        return self._gone is not None and key in self._gone
+
     def _bury_row(self, row: Any, reason: str) -> None:
-        key = (row[0], row[1], row[2])
-        if key in self._deliverer.rows or (self._gone and key in self._gone):
-            return
-        self._deliverer.rows.add(key)
+        self._deliverer.rows.add((row[0], row[1], row[2]))  # nobody takes it while it is on its way out
         self._ledger.discard_row(row, reason)
         self._telemetry.deliveries[_DISCARDED] += 1
 
@@ -335,7 +335,9 @@ class Retries:
         for endpoint_id, _, _, _ in positions:
             own = [row for row in rows if row[0] == endpoint_id]
             for row in own:
-                self._bury_row(row, "the webhook is gone or disabled")
+                key = (row[0], row[1], row[2])
+                if key not in self._deliverer.rows and not self._has_left(key):
+                    self._bury_row(row, "the webhook is gone or disabled")
             if len(own) < ORPHAN_ROWS:
                 del self._orphans[endpoint_id]
             else:

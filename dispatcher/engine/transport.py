@@ -621,6 +621,10 @@ class Transport:
             self.origins.add(origin)
         return origin
 
+    def use_guard(self, guard: Guard) -> None:
+        """Judge the addresses of connections made from now on by this guard."""
+        self._dialer.guard = guard
+
     def count_connections(self) -> dict[str, int]:
         """How many connections are connecting, active and idle. Walks over all of them: once a second, not more."""
         active = sum(connection.is_active for connection in self.connections)

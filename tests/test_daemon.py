@@ -1,0 +1,414 @@
+"""The whole program from outside: real processes, real signals, a receiver that remembers every request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+from aiohttp import web
+
+from dispatcher.embedded import EmbeddedPostgres
+from dispatcher.store.database import migrate
+
+PATIENCE_S = 60.0  # for what must happen; nothing here asserts how fast
+DISPATCHER = [sys.executable, "-c", "from dispatcher.cli.operator import main; main()"]
+
+
+async def until(condition: Callable[[], Any], what: str) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():  # noqa: ASYNC110  the condition lies in another process or on a socket
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        pytest.fail(f"waited {PATIENCE_S} s for {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Receiver:
+    """A subscriber: what it got, in order; `/hold` answers when `release` is set."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, str, int]] = []  # path, event id, attempt
+        self.release = asyncio.Event()
+        self.url = ""
+
+    async def handle(self, request: web.Request) -> web.Response:
+        await request.read()
+        self.got.append((request.path, request.headers["webhook-id"], int(request.headers["X-Trackpost-Attempt"])))
+        if request.path == "/hold":
+            await self.release.wait()
+        return web.Response(text="ok")
+
+    def ids(self, path: str = "/hook") -> Counter[str]:
+        return Counter(event for at, event, _ in self.got if at == path)
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    it = Receiver()
+    app = web.Application()
+    app.router.add_post("/{name}", it.handle)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    it.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield it
+    it.release.set()
+    await runner.cleanup()
+
+
+class Program:
+    """One `dispatcher run` as a process of its own."""
+
+    def __init__(self, directory: Path, dsn: str, **settings: str) -> None:
+        self.api, self.metrics = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        self.log = directory / f"{self.api}.log"
+        self._environment = {
+            **os.environ,
+            "DISPATCHER_DATABASE_DSN": dsn,
+            "DISPATCHER_STATE_DIRECTORY": str(directory),
+            "DISPATCHER_SERVER_LISTEN": self.api,
+            "DISPATCHER_METRICS_LISTEN": self.metrics,
+            "DISPATCHER_NETWORK_ALLOW": "127.0.0.0/8",
+            "DISPATCHER_NETWORK_ALLOW_HTTP": "true",
+            "DISPATCHER_RETRY_SCHEDULE": "1s,1s",
+            **settings,
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *arguments: str) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen([*DISPATCHER, "run", *arguments], env=self._environment, stderr=log, stdout=log)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    async def ended(self) -> int:
+        process = self.process
+        assert process is not None
+        await until(lambda: process.poll() is not None, "the daemon to end")
+        return int(process.returncode)
+
+    async def status(self, path: str = "/readyz") -> tuple[int, str]:
+        try:
+            async with aiohttp.ClientSession() as session, session.get(f"http://{self.metrics}{path}") as answer:
+                return answer.status, await answer.text()
+        except aiohttp.ClientError as error:
+            return 0, str(error)
+
+    async def is_ready(self, *, role: str = "active") -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                status, text = await self.status()
+                if status == 200 and role in text:
+                    return
+                assert self.process is not None
+                assert self.process.poll() is None, self.log.read_text()
+                await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def program(tmp_path: Path, database: str) -> Iterator[Callable[..., Program]]:
+    made: list[Program] = []
+
+    def make(**settings: str) -> Program:
+        made.append(Program(tmp_path, settings.pop("dsn", database), **settings))
+        return made[-1]
+
+    yield make
+    for each in made:
+        if each.process is not None and each.process.poll() is None:
+            each.process.kill()
+            each.process.wait()
+
+
+async def subscribe(dsn: str, program: Program, url: str, **more: object) -> str:
+    """Register a webhook over the API, with a key made by the operator's command."""
+    key = await asyncio.to_thread(make_key, dsn)
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session,
+        session.post(f"http://{program.api}/v1/webhooks", json={"url": url, "events": ["*"], **more}) as answer,
+    ):
+        assert answer.status == 201, await answer.text()
+        return key
+
+
+def make_key(dsn: str) -> str:
+    import json
+
+    done = subprocess.run(
+        [*DISPATCHER, "keys", "create", "--account", "default", "--json"],
+        env={**os.environ, "DISPATCHER_DATABASE_DSN": dsn},
+        capture_output=True,
+        check=True,
+    )
+    return str(json.loads(done.stdout)["key"])
+
+
+async def emit(connection: Any, count: int) -> list[str]:
+    rows = await connection.fetch(
+        "SELECT dispatcher.emit('email.sent', json_build_object('n', n)) FROM generate_series(1, $1::int) n", count
+    )
+    return [row[0] for row in rows]
+
+
+@contextlib.asynccontextmanager
+async def connected(dsn: str) -> AsyncIterator[Any]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def test_what_is_committed_arrives_and_what_is_rolled_back_does_not(
+    program: Callable[..., Program], receiver: Receiver, database: str
+) -> None:
+    daemon = program()
+    daemon.start()
+    await daemon.is_ready()
+    await subscribe(database, daemon, f"{receiver.url}/hook")
+    async with connected(database) as application, connected(database) as slow:
+        open_for_long = slow.transaction()
+        await open_for_long.start()
+        late = await emit(slow, 1)
+        abandoned = application.transaction()
+        await abandoned.start()
+        never = await emit(application, 3)
+        await abandoned.rollback()
+        sent = await emit(application, 5)
+        await until(lambda: set(sent) <= set(receiver.ids()), "committed events beside an open transaction")
+        assert not set(late) & set(receiver.ids())
+        await open_for_long.commit()
+        await until(lambda: set(late) <= set(receiver.ids()), "the event of the long transaction")
+    assert not set(never) & set(receiver.ids())
+    assert set(receiver.ids().values()) == {1}
+
+
+async def test_kill_9_in_mid_load_loses_nothing_and_repeats_no_more_than_was_out(
+    program: Callable[..., Program], receiver: Receiver, database: str
+) -> None:
+    daemon = program()
+    daemon.start()
+    await daemon.is_ready()
+    await subscribe(database, daemon, f"{receiver.url}/hook")
+    committed: list[str] = []
+    rounds = 4
+    async with connected(database) as application:
+        for _ in range(rounds):
+            before = len(receiver.got)
+            committed += await emit(application, 400)
+            await until(lambda before=before: len(receiver.got) > before + 50, "the load to be under way")  # type: ignore[misc]
+            daemon.signal(signal.SIGKILL)
+            await daemon.ended()
+            committed += await emit(application, 20)  # while nobody runs
+            daemon.start()
+        await until(lambda: set(committed) <= set(receiver.ids()), "every committed event")
+        await until_settled(application, len(committed))
+        twice = await application.fetchval(
+            "SELECT count(*) FROM (SELECT FROM dispatcher.attempt WHERE state = 'delivered'"
+            " GROUP BY event_seq, endpoint_id HAVING count(*) > 1) t"
+        )
+        assert twice == 0, "an outcome was logged twice"
+    # In flight at most 16 for one webhook; unflushed, what its answers made of 10 ms and a flush; both far below a batch.
+    repeats = sum(receiver.ids().values()) - len(committed)
+    assert repeats <= rounds * 1000
+    assert sum(receiver.ids()[event] > 0 for event in committed) == len(committed)
+
+
+async def until_settled(connection: Any, count: int) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while await connection.fetchval("SELECT count(*) FROM dispatcher.attempt WHERE state = 'delivered'") < count:
+            await asyncio.sleep(0.05)
+        while await connection.fetchval("SELECT count(*) FROM dispatcher.pending"):
+            await asyncio.sleep(0.05)
+
+
+async def test_a_standby_takes_over_when_the_first_daemon_is_killed(
+    program: Callable[..., Program], receiver: Receiver, database: str
+) -> None:
+    first, second = program(), program()
+    first.start()
+    await first.is_ready()
+    second.start()
+    await second.is_ready(role="standby")
+    await subscribe(database, second, f"{receiver.url}/hook")  # the API works on either
+    async with connected(database) as application:
+        sent = await emit(application, 50)
+        first.signal(signal.SIGKILL)
+        sent += await emit(application, 50)
+        await second.is_ready(role="active")
+        await until(lambda: set(sent) <= set(receiver.ids()), "every event, by whichever daemon")
+
+
+async def test_sigterm_waits_for_what_is_in_flight_and_settles_it(
+    program: Callable[..., Program], receiver: Receiver, database: str
+) -> None:
+    daemon = program()
+    daemon.start()
+    await daemon.is_ready()
+    await subscribe(database, daemon, f"{receiver.url}/hold")
+    async with connected(database) as application:
+        (event,) = await emit(application, 1)
+        await until(lambda: receiver.ids("/hold")[event] == 1, "the request to be out")
+        daemon.signal(signal.SIGTERM)
+        await until(lambda: "draining" in daemon.log.read_text(), "the drain to begin")
+        receiver.release.set()
+        assert await daemon.ended() == 0
+        assert await application.fetchval("SELECT state FROM dispatcher.attempt") == "delivered"
+    assert receiver.ids("/hold")[event] == 1
+
+
+async def test_a_second_signal_exits_at_once_and_loses_nothing(
+    program: Callable[..., Program], receiver: Receiver, database: str
+) -> None:
+    daemon = program()
+    daemon.start()
+    await daemon.is_ready()
+    await subscribe(database, daemon, f"{receiver.url}/hold")
+    async with connected(database) as application:
+        (event,) = await emit(application, 1)
+        await until(lambda: receiver.ids("/hold")[event] == 1, "the request to be out")
+        daemon.signal(signal.SIGINT)
+        await until(lambda: "draining" in daemon.log.read_text(), "the drain to begin")
+        daemon.signal(signal.SIGINT)
+        assert await daemon.ended() != 0
+        receiver.release.set()
+        daemon.start()
+        await until_settled(application, 1)
+    assert receiver.ids("/hold")[event] == 2
+
+
+async def test_a_drain_that_is_cut_short_releases_the_delivery_uncounted(
+    program: Callable[..., Program], receiver: Receiver, database: str
+) -> None:
+    daemon = program(DISPATCHER_DELIVERY_DRAIN_S="0.2")
+    daemon.start()
+    await daemon.is_ready()
+    await subscribe(database, daemon, f"{receiver.url}/hold")
+    async with connected(database) as application:
+        (event,) = await emit(application, 1)
+        await until(lambda: receiver.ids("/hold")[event] == 1, "the request to be out")
+        daemon.signal(signal.SIGTERM)
+        assert await daemon.ended() == 0
+        assert await application.fetchval("SELECT count(*) FROM dispatcher.attempt") == 0
+        receiver.release.set()
+        daemon.start()
+        await until_settled(application, 1)
+    assert [attempt for path, _, attempt in receiver.got if path == "/hold"] == [1, 1], "a shutdown counted as an attempt"
+
+
+async def test_sighup_opens_a_network_without_a_restart(
+    program: Callable[..., Program], receiver: Receiver, database: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "dispatcher.toml"
+    file.write_text('[network]\nallow = []\n[log]\nformat = "json"\n')
+    daemon = program()
+    for name in ("ALLOW", "ALLOW_HTTP"):
+        del daemon._environment[f"DISPATCHER_NETWORK_{name}"]
+    daemon.start("--config", str(file))
+    await daemon.is_ready()
+    with pytest.raises(AssertionError, match="url"):
+        await subscribe(database, daemon, f"{receiver.url}/hook")
+    file.write_text('[network]\nallow = ["127.0.0.0/8"]\nallow_http = true\n[database]\npool_size = 3\n')
+    daemon.signal(signal.SIGHUP)
+    await until(lambda: "reloaded" in daemon.log.read_text(), "the reload")
+    assert "database.pool_size" in daemon.log.read_text(), "what needs a restart is named"
+    await subscribe(database, daemon, f"{receiver.url}/hook")
+    async with connected(database) as application:
+        (event,) = await emit(application, 1)
+        await until(lambda: receiver.ids()[event] == 1, "a delivery into the opened network")
+    file.write_text("[network]\nallow = 7\n")
+    daemon.signal(signal.SIGHUP)
+    await until(lambda: "reload.refused" in daemon.log.read_text(), "the refusal")
+    assert (await daemon.status())[0] == 200
+
+
+async def test_the_daemon_survives_a_restart_of_postgresql(
+    program: Callable[..., Program], receiver: Receiver, tmp_path: Path
+) -> None:
+    given = os.environ.get("DISPATCHER_TEST_BIN")
+    server = EmbeddedPostgres(tmp_path / "postgres", Path(given) if given else None)
+    server.start()
+    try:
+        await migrate(server.dsn)
+        daemon = program(dsn=server.dsn)
+        daemon.start()
+        await daemon.is_ready()
+        await subscribe(server.dsn, daemon, f"{receiver.url}/hook")
+        async with connected(server.dsn) as application:
+            sent = await emit(application, 300)
+            await until(lambda: len(receiver.got) > 20, "the load to be under way")
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGQUIT)  # immediate shutdown: a crash, as far as anybody connected can tell
+        await status_becomes(daemon, 503)
+        await asyncio.to_thread(server.start)
+        await daemon.is_ready()
+        async with connected(server.dsn) as application:
+            sent += await emit(application, 30)
+            await until(lambda: set(sent) <= set(receiver.ids()), "every committed event")
+            await until_settled(application, len(sent))
+    finally:
+        for process in (daemon.process,):
+            if process is not None:
+                process.kill()
+                process.wait()
+        server.stop()
+
+
+async def status_becomes(daemon: Program, wanted: int) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while (await daemon.status())[0] != wanted:
+            await asyncio.sleep(0.02)
+
+
+async def test_without_a_schema_it_exits_2_and_names_the_command(program: Callable[..., Program], empty_database: str) -> None:
+    daemon = program(dsn=empty_database)
+    daemon.start()
+    assert await daemon.ended() == 2
+    assert "dispatcher migrate" in daemon.log.read_text()
+
+
+async def test_without_a_database_it_exits_3_and_waits_when_told_to(
+    program: Callable[..., Program], database: str
+) -> None:
+    nowhere = f"postgresql://nobody@127.0.0.1:{free_port()}/nothing"
+    daemon = program(dsn=nowhere)
+    daemon.start()
+    assert await daemon.ended() == 3
+    assert "cannot connect" in daemon.log.read_text()
+    waiting = program(dsn=nowhere)
+    waiting.start("--wait")
+    await until(lambda: "database.waiting" in waiting.log.read_text(), "it to say that it waits")
+    waiting.signal(signal.SIGTERM)
+    await waiting.ended()
+
+
+async def test_a_port_that_is_taken_is_one_line_and_exit_2(program: Callable[..., Program]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        daemon = program(DISPATCHER_SERVER_LISTEN=f"127.0.0.1:{taken.getsockname()[1]}")
+        daemon.start()
+        assert await daemon.ended() == 2
+    assert "[server] listen" in daemon.log.read_text()
+    assert "Traceback" not in daemon.log.read_text()
