@@ -96,7 +96,9 @@ class Program:
 
     def start(self, *arguments: str) -> None:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen([*DISPATCHER, "run", *arguments], env=self._environment, stderr=log, stdout=log)
+            self.process = subprocess.Popen(
+                [*DISPATCHER, "run", *arguments], env=self._environment, stderr=log, stdout=log
+            )
 
     def signal(self, number: int) -> None:
         assert self.process is not None
@@ -314,7 +316,9 @@ async def test_a_drain_that_is_cut_short_releases_the_delivery_uncounted(
         receiver.release.set()
         daemon.start()
         await until_settled(application, 1)
-    assert [attempt for path, _, attempt in receiver.got if path == "/hold"] == [1, 1], "a shutdown counted as an attempt"
+    assert [attempt for path, _, attempt in receiver.got if path == "/hold"] == [1, 1], (
+        "a shutdown counted as an attempt"
+    )
 
 
 async def test_sighup_opens_a_network_without_a_restart(
@@ -381,7 +385,9 @@ async def status_becomes(daemon: Program, wanted: int) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_without_a_schema_it_exits_2_and_names_the_command(program: Callable[..., Program], empty_database: str) -> None:
+async def test_without_a_schema_it_exits_2_and_names_the_command(
+    program: Callable[..., Program], empty_database: str
+) -> None:
     daemon = program(dsn=empty_database)
     daemon.start()
     assert await daemon.ended() == 2

@@ -7,7 +7,10 @@ does not let us in (4), it refuses what we ask (1).
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import json
+import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, Self
 from urllib.parse import quote, urlsplit
@@ -35,6 +38,19 @@ class Api:
     def __repr__(self) -> str:
         return f"<Api {self.url}>"
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the API is on this host."""
+        host = urlsplit(self.url).hostname or ""
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(host).is_loopback
+        return host == "localhost"
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether whoever is in between can read the key."""
+        return not self.is_local and not self.url.startswith("https:")
+
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             headers={
@@ -43,7 +59,7 @@ class Api:
                 "User-Agent": f"trackpost-cli/{__version__}",
             },
             timeout=aiohttp.ClientTimeout(total=TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            trust_env=True,  # HTTPS_PROXY and the like
+            trust_env=not self.is_local,  # HTTPS_PROXY and the like; no proxy leads to this host
         )
         return self
 
@@ -135,5 +151,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorError) and error.os_error is not None:
-        return str(error.os_error.strerror or error.os_error).lower()
+        number = error.os_error.errno or 0
+        return (os.strerror(number) if number > 0 else str(error.os_error.strerror or error.os_error)).lower()
     return str(error) or type(error).__name__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -22,6 +23,7 @@ from dispatcher.cli.output import (
     Failure,
     Program,
     debug_option,
+    decoded,
     examples,
     file_argument,
     for_programs,
@@ -92,9 +94,12 @@ def connected(act: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., No
         from dispatcher.cli.profiles import find_access
 
         access = find_access(url=api_url, key=api_key, profile=profile)
+        api = Api(access.url, access.key)
+        if api.is_exposed:
+            warn(f"{api.url} is not https: whoever is in between can read your key")
 
         async def run() -> None:
-            async with Api(access.url, access.key) as api:
+            async with api:
                 await act(api, *args, **options)
 
         asyncio.run(run())
@@ -121,7 +126,6 @@ def login(profile: str, api_key: str | None, api_url: str | None, as_json: bool)
     The key is tried first, and stored only if the API takes it, in a file only you can read.
     """
     import asyncio
-    import os
 
     from dispatcher.cli.client import Api
     from dispatcher.cli.profiles import URL, Access, is_profile_name, write_profile
@@ -309,13 +313,10 @@ def _secret(options: Mapping[str, Any]) -> dict[str, str | None]:
 def _read_secret(secret: str | None, file: str | None) -> str:
     """The secret of one of the two options; a file's last line break is not part of it."""
     if file is not None:
-        try:
-            return file_argument(file, "--secret-file").decode().rstrip("\r\n")
-        except UnicodeDecodeError:
-            refuse("expected text in UTF-8", "--secret-file")
+        return decoded(file_argument(file, "--secret-file"), "--secret-file").rstrip("\r\n")
     assert secret is not None, "one of them was given"
     warn("--secret shows in ps and in the shell's history; --secret-file does not")
-    return secret
+    return decoded(os.fsencode(secret), "--secret")
 
 
 @webhooks.command(

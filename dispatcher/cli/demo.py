@@ -26,10 +26,11 @@ import click
 
 from dispatcher import daemon
 from dispatcher.cli.client import Api
-from dispatcher.cli.output import FAILED, INTERRUPTED, complain, print_json, printable
+from dispatcher.cli.output import FAILED, INTERRUPTED, complain, is_plain, print_json, printable
 from dispatcher.cli.receiver import HANDLERS, STANDARD_VERIFIER, Landing, Receiver
 from dispatcher.config import Config, load
 from dispatcher.core.catalogue import Catalogue
+from dispatcher.errors import ConfigurationError
 from dispatcher.logs import start_logging
 from dispatcher.model import DEFAULT_ACCOUNT
 from dispatcher.store.database import connect
@@ -40,7 +41,7 @@ PATIENCE_S: Final = 60.0  # for all deliveries together; they take a few millise
 PAUSE_S: Final = 0.03  # between two events, so that each is seen to arrive by itself
 DRAIN_S: Final = 2
 POLL_S: Final = 0.02
-WIDTH: Final = 108  # of a whole line
+WIDTH: Final = 104  # of a whole line
 ID_WIDTH: Final = 36
 ID_SHOWN: Final = 8
 
@@ -127,6 +128,8 @@ class _Demonstration:
 
     def _free_port(self) -> int:
         if self._port is not None:
+            if self._port and not _is_free(self._port):
+                raise ConfigurationError([f"--port {self._port}: cannot listen on 127.0.0.1:{self._port}: it is taken"])
             return self._port
         if _is_free(PORT):
             return PORT
@@ -202,7 +205,7 @@ class _Demonstration:
         click.echo(text, err=self._as_json)
 
     def _styled(self, text: str, **style: Any) -> str:
-        return text if os.environ.get("NO_COLOR") else click.style(text, **style)
+        return text if is_plain() else click.style(text, **style)
 
     def _introduce(self, running: daemon.Daemon, version: str, took_s: float) -> None:
         self._say(f"PostgreSQL {version.partition(' ')[0]}, engine and API are up after {took_s:.1f} s.")
@@ -286,7 +289,7 @@ def _line(clock: str, *cells: str) -> str:
     id_width = ID_WIDTH
     if sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDTH:
         id_width = ID_SHOWN + 1
-        delivery = f"…{delivery[-ID_SHOWN:]}"
+        delivery = delivery if len(delivery) <= id_width else f"…{delivery[-ID_SHOWN:]}"
     return f"{clock:<13}{type_:<18}{delivery:<{id_width}}  {handler:<9}{after:>8}  {guide}  {standard}"
 
 

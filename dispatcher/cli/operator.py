@@ -355,10 +355,13 @@ def emit(
         refuse("expected 1 to 255 characters", "--idempotency-key")
 
     async def act() -> tuple[Any, bool]:
-        from dispatcher.store.events import EventStore
+        from dispatcher.store.events import EventStore, IdempotencyConflict
 
         async with _session(config_file) as (_, connection):
-            return await EventStore(connection).emit(account, type_, text, idempotency_key)
+            try:
+                return await EventStore(connection).emit(account, type_, text, idempotency_key)
+            except IdempotencyConflict as conflict:
+                raise Failure(f"this idempotency key was used with another type or other data: {conflict}") from None
 
     event, is_new = _run(_mapped(act()))
     if for_programs(as_json):

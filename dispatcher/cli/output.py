@@ -119,7 +119,9 @@ def _report(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
-    complain(f"this is a fault of the program: {type(error).__name__}: {error} (--debug shows where)")
+    complain(
+        f"this is a fault of the program: {type(error).__name__}: {error} (--debug before the command shows where)"
+    )
     return FAILED
 
 
@@ -129,13 +131,13 @@ def _report(error: Exception) -> int:
 def complain(*problems: str) -> None:
     """Say what is wrong, a line each."""
     for problem in problems:
-        click.echo(f"{_coloured('error:', 'red')} {printable(problem, keep=LINE_BREAK)}", err=True)
+        click.echo(f"{_coloured('Error:', 'red')} {printable(problem, keep=LINE_BREAK)}", err=True)
 
 
 def warn(message: str) -> None:
     """Say what should be thought over, to people only."""
     if sys.stderr.isatty():
-        click.echo(f"{_coloured('warning:', 'yellow')} {printable(message)}", err=True)
+        click.echo(f"{_coloured('Warning:', 'yellow')} {printable(message)}", err=True)
 
 
 def hint(message: str) -> None:
@@ -145,7 +147,12 @@ def hint(message: str) -> None:
 
 
 def _coloured(text: str, colour: str) -> str:
-    return text if os.environ.get("NO_COLOR") else click.style(text, fg=colour)
+    return text if is_plain() else click.style(text, fg=colour)
+
+
+def is_plain() -> bool:
+    """Whether colours are unwanted whatever the terminal can do (no-color.org)."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -188,7 +195,7 @@ def console() -> Console:
     """Where tables go."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False, no_color=bool(os.environ.get("NO_COLOR")) or None)
+    return Console(highlight=False, markup=False, emoji=False, no_color=is_plain() or None)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "nothing here") -> None:
@@ -253,12 +260,16 @@ debug_option = click.option(
 def text_argument(value: str, param_hint: str) -> str:
     """What an option says itself, `@FILE` holds, or `-` reads from standard input."""
     if value != "-" and not value.startswith("@"):
-        return value
-    raw = file_argument(value.removeprefix("@"), param_hint)
+        return decoded(os.fsencode(value), param_hint)
+    return decoded(file_argument(value.removeprefix("@"), param_hint), param_hint)
+
+
+def decoded(raw: bytes, param_hint: str) -> str:
+    """The text that these bytes are in UTF-8."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise click.BadParameter(f"{value}: expected text in UTF-8", param_hint=param_hint) from None
+        raise click.BadParameter("expected text in UTF-8", param_hint=param_hint) from None
 
 
 def file_argument(name: str, param_hint: str) -> bytes:

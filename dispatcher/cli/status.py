@@ -175,9 +175,11 @@ def _parts(instance: Instance, before: Instance | None) -> list[Any]:
 
     s = instance.snapshot
     style = "bold green" if s.role == "active" and s.database else "bold yellow"
-    title = Text(f"● {s.role if s.database else 'database away'}", style=style)
-    title.append(f"  {cell(instance.host)} process {instance.pid}, version {cell(instance.version)}", style="default")
-    title.append(f", since {cell(instance.started_at)}", style="bright_black")
+    title = Text.assemble(
+        (f"● {s.role if s.database else 'database away'}", style),
+        f"  {cell(instance.host)} process {instance.pid}, version {cell(instance.version)}",
+        (f", since {cell(instance.started_at)}", "bright_black"),
+    )
     parts: list[Any] = [title]
     if s.role == "active":
         parts += [_figures(s, rates(instance, before)), *_worst(s)]

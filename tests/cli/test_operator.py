@@ -132,9 +132,7 @@ def test_missing_configuration_file_exits_2(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("command", [["run"], ["migrate"], ["keys", "list"]])
-def test_database_that_is_away_exits_3_and_hides_the_password(
-    shell: Shell, command: list[str], taken_port: int
-) -> None:
+def test_database_that_is_away_exits_3_and_hides_the_password(shell: Shell, command: list[str]) -> None:
     with socket.socket() as probe:  # bound, but nobody listens
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -280,6 +278,9 @@ def test_running_daemon_is_seen_by_status_and_drains_on_sigterm(operator: Shell)
                 pass  # until its first heartbeat
             (instance,) = seen.json()["instances"]
             shown = operator.run_on_terminal("dispatcher", "status")
+            with operator.start("dispatcher", "status", "--watch") as watch:
+                watched = [json.loads(watch.stdout.readline()) for _ in range(2)]
+                watch.send_signal(signal.SIGINT)
             daemon.send_signal(signal.SIGTERM)
             _, rest = daemon.communicate(timeout=30)
         finally:
@@ -289,6 +290,8 @@ def test_running_daemon_is_seen_by_status_and_drains_on_sigterm(operator: Shell)
     assert instance["role"] == "active"
     assert instance["outbox_backlog"] == 0
     assert set(instance["per_second"]) == {"events", "attempts", "delivered", "failed"}
+    assert watch.returncode == 0
+    assert [seen["instances"][0]["pid"] for seen in watched] == [daemon.pid] * 2
     assert f"process {daemon.pid}" in shown.out
     assert "in flight" in shown.out
 
@@ -304,3 +307,23 @@ def test_wait_outlives_a_database_that_is_away_and_sigterm_ends_it(shell: Shell,
             daemon.kill()
     assert waiting["event"] == "database.waiting"
     assert daemon.returncode == 0
+
+
+def test_without_a_dsn_everything_meets_in_an_embedded_database(shell: Shell) -> None:
+    state = shell.home / "state"
+    shell.environ |= {
+        "DISPATCHER_STATE_DIRECTORY": str(state),
+        "DISPATCHER_SERVER_LISTEN": "127.0.0.1:0",
+        "DISPATCHER_METRICS_LISTEN": "",
+    }
+    with shell.start("dispatcher", "run") as daemon:
+        try:
+            _ready(daemon)
+            emitted = shell.run("dispatcher", "emit", "a.b", "--data", "{}")
+            daemon.send_signal(signal.SIGINT)
+            daemon.communicate(timeout=30)
+        finally:
+            daemon.kill()
+    assert emitted.json()["id"].startswith("evt_")
+    assert daemon.returncode == 0
+    assert not (state / "postgres" / "data" / "postmaster.pid").exists()
