@@ -83,7 +83,7 @@ class Payload:
     that of a Chinese text twice the compact one.
     """
 
-    __slots__ = ("_compact", "_envelope", "_python", "event_id", "type")
+    __slots__ = ("_compact", "_python", "_source", "event_id", "type")
 
     def __init__(
         self,
@@ -104,14 +104,15 @@ class Payload:
             raise Undeliverable(f"type is not lower-case words joined by dots, at most {TYPE_BYTES_MAX} bytes")
         self.event_id = event_id
         self.type = type
-        self._envelope: dict[str, Any] = {
+        envelope = {
             "id": event_id,
             "type": type,
             "version": version,
             "created_at": created_at if created_at.tzinfo is UTC else _in_utc(created_at),
             "data": None,
         }
-        self._compact = _bounded(self._parse(_source(data)))
+        self._source: bytes | None = None  # of what the compact body does not hold exactly
+        self._compact = _bounded(self._parse(_source(data), envelope))
         self._python: bytes | None = None
 
     def body(self, style: BodyStyle) -> bytes:
@@ -122,13 +123,12 @@ class Payload:
             self._python = _bounded(self._render_python())
         return self._python
 
-    def _parse(self, source: bytes) -> bytes:
+    def _parse(self, source: bytes, envelope: dict[str, Any]) -> bytes:
         """Put the value into the envelope and return the compact body.
 
         Any key that orjson dropped took its quotes along, so equal counts of quotes before and after prove that none
         was: a quote inside a string is one `\\"` on both sides, unless the source spells it `\\u0022`.
         """
-        envelope = self._envelope
         try:
             value = orjson.loads(source)
             if type(value) is dict and _is_plain(value.items(), 1):
@@ -139,12 +139,16 @@ class Payload:
                     return compact
         except (orjson.JSONDecodeError, orjson.JSONEncodeError):
             pass  # the reason is for the exact tier to give
-        value = envelope["data"] = _parse_exactly(source)
-        return _print({**envelope, "data": _as_ecmascript(value, 1)})
+        self._source = source
+        envelope["data"] = _as_ecmascript(_parse_exactly(source), 1)
+        return _print(envelope)
 
     def _render_python(self) -> bytes:
-        created_at = orjson.dumps(self._envelope["created_at"], option=_OPTIONS)[1:-1].decode()
-        return _python_json({**self._envelope, "created_at": created_at}).encode("ascii")
+        # Parsed again rather than kept: thousands of events wait in memory, and a parsed one takes five times the room.
+        envelope = orjson.loads(self._compact)
+        if self._source is not None:
+            envelope["data"] = _parse_exactly(self._source)
+        return _python_json(envelope).encode("ascii")
 
     def __repr__(self) -> str:
         return f"<Payload {self.event_id} {self.type}, {len(self._compact)} bytes compact>"
