@@ -1,0 +1,229 @@
+"""The subscriber's side: a process of its own that answers as told and keeps the ledger.
+
+    python -m bench.receiver serve          orders as JSON lines on standard input, answers on standard output
+    python -m bench.receiver drive PORT S   a bare keep-alive loop against it, which shows what it can take
+
+It must never be what limits a run: one Protocol on uvloop, answers made beforehand, nothing logged, per request a look-up of
+the event's number and four integers written. What it can take is measured at the start of every run and stands in the report.
+
+It understands what HTTP/1.1 clients send as long as the request has a Content-Length and does not pipeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from bench.ledger import DISTINCT, FOREIGN, GROUP_DIGITS, ID_DIGITS, OPEN, REPEATS_MAX, REQUESTS, Ledger, endpoint_path, event_id
+
+NUMBER_DIGITS: Final = 15  # of the id's digits, those that are looked at
+PATH_AT: Final = len("POST /e")
+ID: Final = b"webhook-id: evt_"
+LENGTH: Final = b"ontent-Length: "
+DRIVERS: Final = 64  # connections of the bare loop
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Behaviour:
+    """How endpoints answer; those numbered `first` to `last` unless all do."""
+
+    delay_s: float = 0.0
+    status: int = 200
+    hangs: bool = False  # never answers
+    fails_first: bool = False  # `status` once per delivery, then 200
+    first: int = 0
+    last: int = 10**GROUP_DIGITS - 1
+
+
+@dataclasses.dataclass(slots=True)
+class Told:
+    """What the harness wants; looked at by every request."""
+
+    ledger: Ledger | None = None
+    by_endpoint: dict[int, Behaviour] = dataclasses.field(default_factory=dict)
+    everybody: Behaviour = dataclasses.field(default_factory=Behaviour)
+    opened: int = 0
+
+    def order(self, line: dict[str, Any]) -> None:
+        """Take a new ledger and new behaviours."""
+        if self.ledger is not None:
+            self.ledger.close()
+        self.ledger = Ledger(Path(line["ledger"]), line["events"], line["fanout"])
+        self.ledger.head[OPEN] = self.opened
+        self.behave([Behaviour(**each) for each in line["behaviours"]])
+
+    def behave(self, behaviours: Sequence[Behaviour]) -> None:
+        self.everybody = Behaviour()
+        self.by_endpoint = {}
+        for each in behaviours:
+            if each.first == 0 and each.last == Behaviour.last:
+                self.everybody = each
+            else:
+                self.by_endpoint |= dict.fromkeys(range(each.first, each.last + 1), each)
+
+    def count_open(self, change: int) -> None:
+        self.opened += change
+        if self.ledger is not None:
+            self.ledger.head[OPEN] = self.opened
+
+
+def answer(status: int) -> bytes:
+    return b"HTTP/1.1 %d X\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok" % status
+
+
+ANSWERS: Final = {status: answer(status) for status in (200, 400, 410, 429, 500, 503)}
+OK: Final = ANSWERS[200]
+
+
+class Connection(asyncio.Protocol):
+    """One connection. The ordinary request comes whole in one piece, and costs 2 µs here."""
+
+    __slots__ = ("_began_ns", "_loop", "_parts", "_told", "_write")
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+        self._parts = b""
+        self._began_ns = 0
+
+    def connection_made(self, transport: Any) -> None:
+        self._write = transport.write
+        self._loop = asyncio.get_running_loop()
+        self._told.count_open(1)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._told.count_open(-1)
+
+    def data_received(self, data: bytes) -> None:
+        if self._parts:
+            data = self._parts + data
+        else:
+            self._began_ns = time.monotonic_ns()
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or len(data) < end + 4 + _length(data, end):
+            self._parts = data
+            return
+        self._parts = b""
+        self._take(data, end)
+
+    def _take(self, data: bytes, end: int) -> None:
+        told, ledger = self._told, self._told.ledger
+        at = data.find(ID, 0, end)
+        if ledger is None or at < 0:
+            self._write(OK)  # the bare loop before there is a ledger, or a stranger
+            return
+        endpoint = int(data[PATH_AT : PATH_AT + GROUP_DIGITS])
+        number = int(data[at + len(ID) + ID_DIGITS - NUMBER_DIGITS : at + len(ID) + ID_DIGITS])
+        head = ledger.head
+        head[REQUESTS] += 1
+        if number >= ledger.events:
+            head[FOREIGN] += 1
+            self._write(OK)
+            return
+        cell = number * ledger.fanout + endpoint % ledger.fanout
+        before = ledger.count[cell]
+        if before == 0:
+            head[DISTINCT] += 1
+            ledger.first[cell] = self._began_ns
+        ledger.last[cell] = self._began_ns
+        if before < REPEATS_MAX:
+            ledger.count[cell] = before + 1
+        self._answer(told.by_endpoint.get(endpoint, told.everybody), before)
+
+    def _answer(self, behaviour: Behaviour, before: int) -> None:
+        if behaviour.hangs:
+            return
+        status = 200 if behaviour.fails_first and before else behaviour.status
+        if behaviour.delay_s:
+            self._loop.call_later(behaviour.delay_s, self._write, ANSWERS[status])
+        else:
+            self._write(ANSWERS[status])
+
+
+def _length(data: bytes, end: int) -> int:
+    at = data.find(LENGTH, 0, end)
+    if at < 0:
+        at = data[:end].lower().find(LENGTH.lower())
+    if at < 0:
+        return 0
+    stop = data.find(b"\r\n", at)
+    return int(data[at + len(LENGTH) : stop])
+
+
+async def serve() -> None:
+    """Serve until standard input ends. The port is the first line of standard output; each order is answered with a line."""
+    loop = asyncio.get_running_loop()
+    told = Told()
+    server = await loop.create_server(lambda: Connection(told), "127.0.0.1", 0, backlog=8192)
+    _say(port=server.sockets[0].getsockname()[1])
+    orders = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
+    while line := await orders.readline():
+        order = json.loads(line)
+        if "behave" in order:
+            told.behave([Behaviour(**each) for each in order["behave"]])
+        else:
+            told.order(order)
+        _say(done=True)
+    server.close()
+
+
+def _say(**words: object) -> None:
+    print(json.dumps(words), flush=True)
+
+
+# The bare loop.
+
+
+class Driver(asyncio.Protocol):
+    """Sends the next request when an answer has come."""
+
+    __slots__ = ("_request", "_write", "sent")
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self.sent = 0
+
+    def connection_made(self, transport: Any) -> None:
+        self._write = transport.write
+        self._write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self.sent += 1
+        self._write(self._request)
+
+
+async def drive(port: int, seconds: float) -> None:
+    """Print how many requests per second the receiver took."""
+    loop = asyncio.get_running_loop()
+    body = b"{" + b" " * 598 + b"}"
+    request = (
+        f"POST {endpoint_path(0)} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"User-Agent: TrackPost-Webhooks/1.0\r\nX-Trackpost-Signature: {'0' * 64}\r\nwebhook-id: {event_id(0)}\r\n"
+        f"webhook-timestamp: 1700000000\r\nwebhook-signature: v1,{'0' * 44}\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+    made = [await loop.create_connection(lambda: Driver(request), "127.0.0.1", port) for _ in range(DRIVERS)]
+    await asyncio.sleep(seconds / 5)
+    before, began = sum(driver.sent for _, driver in made), time.perf_counter()
+    await asyncio.sleep(seconds)
+    rate = (sum(driver.sent for _, driver in made) - before) / (time.perf_counter() - began)
+    for transport, _ in made:
+        transport.abort()
+    _say(rate=rate)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["serve"]:
+            uvloop.run(serve())
+        case ["drive", port, seconds]:
+            uvloop.run(drive(int(port), float(seconds)))
+        case _:
+            sys.exit(__doc__)

@@ -1,0 +1,98 @@
+"""What the customer's commands share: finding the API, paging through lists, showing one thing, reading a secret."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dispatcher.cli.output import decoded, file_argument, for_programs, hint, print_json, print_record, warn
+
+if TYPE_CHECKING:
+    from dispatcher.cli.client import Api
+
+
+def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options by which a command finds the API."""
+    for option in (
+        click.option(
+            "--profile", metavar="NAME", help="Which stored login to use. [default: $TRACKPOST_PROFILE, else default]"
+        ),
+        click.option("--api-key", metavar="KEY", help="The API key. Shows in ps and in the shell's history."),
+        click.option("--api-url", metavar="URL", help="Where the API is."),
+    ):
+        command = option(command)
+    return command
+
+
+def connected(act: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A command that asks the API: `act` gets it as its first argument."""
+
+    @access_options
+    @functools.wraps(act)
+    def command(*args: Any, api_url: str | None, api_key: str | None, profile: str | None, **options: Any) -> None:
+        import asyncio
+
+        from dispatcher.cli.client import Api
+        from dispatcher.cli.profiles import find_access
+
+        access = find_access(url=api_url, key=api_key, profile=profile)
+        api = Api(access.url, access.key)
+        if api.is_exposed:
+            warn(f"{api.url} is not https: whoever is in between can read your key")
+
+        async def run() -> None:
+            async with api:
+                await act(api, *args, **options)
+
+        asyncio.run(run())
+
+    return command
+
+
+def part(limit: int, after: str | None) -> dict[str, str | int]:
+    """The query that asks for a part of a list."""
+    return {"limit": limit, **({"after": after} if after else {})}
+
+
+async def browse(api: Api, *path: str, query: dict[str, str | int], every: bool) -> dict[str, Any]:
+    """A page of a list; with `every`, all that follow in one."""
+    from dispatcher.cli.client import PAGE_MAX
+
+    if not every:
+        page: dict[str, Any] = await api.call("GET", *path, query=query)
+        return page
+    data = [entry async for entry in _entries(api, *path, query={**query, "limit": PAGE_MAX})]
+    return {"data": data, "has_more": False, "next": None}
+
+
+async def _entries(api: Api, *path: str, query: dict[str, str | int]) -> AsyncIterator[Any]:
+    async for page in api.pages(*path, query=query):
+        for entry in page["data"]:
+            yield entry
+
+
+def tell_more(page: Mapping[str, Any]) -> None:
+    """Say how to go on, where a list does."""
+    if page["has_more"]:
+        hint(f"There are more: --after {page['next']}, or --all.")
+
+
+def show_one(record: Mapping[str, Any], as_json: bool) -> None:
+    """Print one thing."""
+    if for_programs(as_json):
+        print_json(record)
+    else:
+        print_record(record)
+
+
+def read_secret(secret: str | None, file: str | None) -> str:
+    """The secret of one of the two options; a file's last line break is not part of it."""
+    if file is not None:
+        return decoded(file_argument(file, "--secret-file"), "--secret-file").rstrip("\r\n")
+    assert secret is not None, "one of them was given"
+    warn("--secret shows in ps and in the shell's history; --secret-file does not")
+    return decoded(os.fsencode(secret), "--secret")

@@ -1,0 +1,150 @@
+"""`trackpost sign` and `trackpost verify`: signatures over the bytes of a file, without asking anybody."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from dispatcher.cli.asking import read_secret
+from dispatcher.cli.output import FAILED, examples, file_argument, for_programs, hint, json_option, print_json, refuse
+
+
+def secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the secret comes from."""
+    for option in (
+        click.option("--secret-file", metavar="FILE", help="A file with the secret."),
+        click.option("--secret", metavar="SECRET", help="The secret. Shows in ps and in the shell's history."),
+    ):
+        command = option(command)
+    return command
+
+
+def _given_secret(secret: str | None, file: str | None, body: str) -> str:
+    if (secret is None) == (file is None):
+        raise click.UsageError("name the secret, by --secret-file or --secret")
+    if file == "-" and body == "-":
+        raise click.UsageError("secret and body cannot both come from standard input")
+    found = read_secret(secret, file)
+    if not found:
+        refuse("expected a secret that is not empty", "--secret")
+    return found
+
+
+@click.command(
+    epilog=examples(
+        "trackpost sign --secret-file secret.txt body.json",
+        "trackpost sign --secret-file secret.txt body.json --json | jq -r '.\"X-Trackpost-Signature\"'",
+    )
+)
+@click.argument("file", default="-")
+@secret_options
+@click.option("--webhook-id", metavar="ID", help="[default: the id in the body, else msg_0]")
+@click.option("--webhook-timestamp", type=click.IntRange(0), metavar="UNIX", help="[default: now]")
+@json_option
+def sign(
+    *,
+    file: str,
+    secret: str | None,
+    secret_file: str | None,
+    webhook_id: str | None,
+    webhook_timestamp: int | None,
+    as_json: bool,
+) -> None:
+    """Print the signature headers of a body (FILE, or standard input), as they would be sent.
+
+    The body is signed to the byte: a line break at the end of the file belongs to it.
+    """
+    from dispatcher.core.signing import Signer
+
+    signer = Signer(_given_secret(secret, secret_file, file))
+    body = file_argument(file, "FILE")
+    id_ = webhook_id or _id_in(body) or "msg_0"
+    at = str(int(time.time()) if webhook_timestamp is None else webhook_timestamp)
+    headers = {
+        "X-Trackpost-Signature": signer.legacy(body).decode(),
+        "webhook-id": id_,
+        "webhook-timestamp": at,
+        "webhook-signature": signer.standard(id_.encode(), at.encode(), body).decode(),
+    }
+    if for_programs(as_json):
+        print_json(headers)
+    else:
+        click.echo("\n".join(f"{name}: {value}" for name, value in headers.items()))
+
+
+def _id_in(body: bytes) -> str | None:
+    try:
+        found = json.loads(body)["id"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return found if isinstance(found, str) and found.isprintable() else None
+
+
+@click.command(
+    epilog=examples(
+        "trackpost verify --secret-file secret.txt --signature 5f0c… body.json",
+        "trackpost verify --secret-file secret.txt --webhook-id evt_… --webhook-timestamp 1736937002 \\",
+        "                 --webhook-signature 'v1,K5oZ…' body.json",
+    )
+)
+@click.argument("file", default="-")
+@secret_options
+@click.option("--signature", metavar="HEX", help="The value of X-Trackpost-Signature.")
+@click.option("--webhook-id", metavar="ID", help="The value of webhook-id.")
+@click.option("--webhook-timestamp", metavar="UNIX", help="The value of webhook-timestamp.")
+@click.option("--webhook-signature", metavar="V1", help="The value of webhook-signature.")
+@click.option("--ignore-age", is_flag=True, help="Do not mind a webhook-timestamp more than 5 minutes away.")
+@json_option
+def verify(
+    *,
+    file: str,
+    secret: str | None,
+    secret_file: str | None,
+    signature: str | None,
+    webhook_id: str | None,
+    webhook_timestamp: str | None,
+    webhook_signature: str | None,
+    ignore_age: bool,
+    as_json: bool,
+) -> None:
+    """Check the signature of a body (FILE, or standard input): the exit code is 0 if it is valid, 1 if not.
+
+    Give --signature, or all of --webhook-id, --webhook-timestamp and --webhook-signature, or all four.
+    """
+    from dispatcher.core.signing import Signer, Verdict
+
+    standard = (webhook_id, webhook_timestamp, webhook_signature)
+    if any(standard) and not all(standard):
+        raise click.UsageError("--webhook-id, --webhook-timestamp and --webhook-signature belong together")
+    if signature is None and not all(standard):
+        raise click.UsageError("nothing to check: give --signature, or the three --webhook-… options")
+    signer = Signer(_given_secret(secret, secret_file, file))
+    body = file_argument(file, "FILE")
+
+    def judge(body: bytes) -> dict[str, Verdict]:
+        verdicts = {}
+        if signature is not None:
+            verdicts["X-Trackpost-Signature"] = signer.verify_legacy(body, signature.strip())
+        if webhook_id and webhook_timestamp and webhook_signature:
+            tolerance_s = float("inf") if ignore_age else 300.0
+            verdicts["webhook-signature"] = signer.verify_standard(
+                webhook_id, webhook_timestamp, body, webhook_signature, now=time.time(), tolerance_s=tolerance_s
+            )
+        return verdicts
+
+    verdicts = judge(body)
+    if for_programs(as_json):
+        shown = {
+            name: {"valid": bool(v), "verdict": v.name.lower(), "message": v.value} for name, v in verdicts.items()
+        }
+        print_json({"valid": all(verdicts.values()), "signatures": shown})
+    else:
+        click.echo("\n".join(f"{name}: {verdict.value}" for name, verdict in verdicts.items()))
+    if not all(verdicts.values()):
+        if body.endswith(b"\n") and all(judge(body.rstrip(b"\r\n")).values()):
+            hint("It is valid without the line break at the end of the file, which an editor may have added.")
+        click.get_current_context().exit(FAILED)
