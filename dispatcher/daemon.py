@@ -1,7 +1,7 @@
 """The composition root: configuration in, a running daemon out.
 
-Everything is made here and handed to whoever needs it; nobody below makes its own. Signals end here too: SIGTERM and SIGINT
-drain, a second one exits at once, SIGHUP reloads what can be reloaded and says what cannot.
+Everything is made here and handed to whoever needs it; nobody below makes its own. Signals end here too: SIGTERM and
+SIGINT drain, a second one exits at once, SIGHUP reloads what can be reloaded and says what cannot.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ EXIT_NOW: Final = 130  # a second signal: at once, as a shell would report it
 log = structlog.get_logger("dispatcher.daemon")
 
 
-# ── database ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- database
 
 
 @contextlib.asynccontextmanager
 async def database(config: Config, *, ephemeral: bool = False) -> AsyncIterator[Config]:
-    """The configuration with a DSN in it: the one configured, or that of the embedded PostgreSQL, started or joined meanwhile.
+    """The configuration with a DSN in it: the one configured, or that of the embedded PostgreSQL, started or joined
+    meanwhile.
 
     The embedded one's schema is brought up as well: nobody else could. Raises EmbeddedError.
     """
@@ -92,7 +93,7 @@ async def _reach(config: Config, *, wait: bool) -> dict[str, str]:
             await connection.close(timeout=5)
 
 
-# ── secrets ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- secrets
 
 
 def open_vault(config: Config) -> Vault:
@@ -108,7 +109,9 @@ def open_vault(config: Config) -> Vault:
         text = path.read_text(encoding="ascii").strip()
         return Vault(bytes.fromhex(text))
     except (OSError, ValueError) as error:
-        raise ConfigurationError([f"[secrets] key_file = {str(path)!r}: 64 hexadecimal digits expected: {error}"]) from error
+        raise ConfigurationError(
+            [f"[secrets] key_file = {str(path)!r}: 64 hexadecimal digits expected: {error}"]
+        ) from error
 
 
 async def _agree_on_key(config: Config, vault: Vault, known: str | None) -> None:
@@ -122,13 +125,15 @@ async def _agree_on_key(config: Config, vault: Vault, known: str | None) -> None
     if known != vault.fingerprint:
         raise ConfigurationError(
             [
-                f"[secrets] key_file = {config.secrets.key_file!r}: the secrets in this database were sealed with another key "
-                f"(fingerprint {known}, this one is {vault.fingerprint}); copy that key file here"
+                (
+                    f"[secrets] key_file = {config.secrets.key_file!r}: the secrets in this database were sealed with "
+                    f"another key (fingerprint {known}, this one is {vault.fingerprint}); copy that key file here"
+                )
             ]
         )
 
 
-# ── the daemon ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- the daemon
 
 
 @dataclasses.dataclass(slots=True)
@@ -149,7 +154,9 @@ class Daemon:
 
 def catalogue_of(config: Config) -> Catalogue:
     """The built-in event types and the operator's own."""
-    return Catalogue.builtin().with_files({path: Path(path).read_text(encoding="utf-8") for path in config.events.catalogue})
+    return Catalogue.builtin().with_files(
+        {path: Path(path).read_text(encoding="utf-8") for path in config.events.catalogue}
+    )
 
 
 def _engine_settings(config: Config) -> EngineSettings:
@@ -181,7 +188,8 @@ def _defaults(config: Config) -> EndpointDefaults:
 
 def tune() -> None:
     """Settings of this process that were measured to matter."""
-    # glibc maps and unmaps each of the loop's 256 KiB read buffers until a larger block was freed once: 50 → 21 µs a read.
+    # glibc maps and unmaps each of the loop's 256 KiB read buffers until a larger block was freed once: 50 → 21 µs a
+    # read.
     block = bytes(16 << 20)
     del block
     gc.collect()
@@ -199,7 +207,12 @@ def raise_file_limit(config: Config) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:
-        log.warning("files.few", limit=soft, wanted=wanted, remedy="LimitNOFILE= in the unit, or a lower [delivery] max_in_flight")
+        log.warning(
+            "files.few",
+            limit=soft,
+            wanted=wanted,
+            remedy="LimitNOFILE= in the unit, or a lower [delivery] max_in_flight",
+        )
 
 
 async def run(
@@ -212,8 +225,9 @@ async def run(
 ) -> None:
     """Run until stopped by a signal or `Daemon.stop`. `config` has a DSN (see `database`).
 
-    `wait` keeps trying while PostgreSQL is away at the start. `reload` gives the configuration anew at SIGHUP. `on_ready` is called once events
-    are being delivered, or another daemon does that and this one stands by. Raises ConfigurationError, SchemaMismatch, DatabaseUnreachable.
+    `wait` keeps trying while PostgreSQL is away at the start. `reload` gives the configuration anew at SIGHUP.
+    `on_ready` is called once events are being delivered, or another daemon does that and this one stands by. Raises
+    ConfigurationError, SchemaMismatch, DatabaseUnreachable.
     """
     settings = await _reach(config, wait=wait)
     vault = open_vault(config)
@@ -277,7 +291,7 @@ def _shown(runner: Any, config: Config) -> str:
 async def _announce(daemon: Daemon, running: asyncio.Task[None], on_ready: Callable[[Daemon], None] | None) -> None:
     """Say when we are ready, then what we do, and feed the watchdog as long as there is progress."""
     engine = daemon.engine
-    while not engine.settled and not running.done():
+    while not engine.settled and not running.done():  # noqa: ASYNC110  either may come first, and one of them is a task
         await asyncio.sleep(READY_POLL_S)
     log.info("ready", api=daemon.url, database=place(daemon.config.database.dsn), role=engine.role)
     systemd.notify("READY=1", f"STATUS={engine.role}")
@@ -287,7 +301,7 @@ async def _announce(daemon: Daemon, running: asyncio.Task[None], on_ready: Calla
     while True:
         await asyncio.sleep(min(every, 5.0))
         s = engine.snapshot()
-        status = f"{s.role}: {s.queued} queued, {s.in_flight} in flight, {s.retries_waiting} retries, backlog {s.outbox_backlog}"
+        status = f"{s.role}: {s.queued} queued, {s.in_flight} in flight, {s.retries_waiting} retries waiting"
         alive = ("WATCHDOG=1",) if s.progress_age_s < every else ()
         systemd.notify(f"STATUS={status if s.database else 'database away: ' + status}", *alive)
 
@@ -328,11 +342,15 @@ def _reload(daemon: Daemon, read: Callable[[], Config]) -> None:
         daemon.config = daemon.config.with_reloadable_of(fresh)
         start_logging(daemon.config.log)
         guard = Guard(daemon.config.network.allow, daemon.config.network.allow_http)
-        daemon.web.guard, daemon.web.catalogue, daemon.web.defaults = guard, catalogue_of(fresh), _defaults(daemon.config)
+        daemon.web.guard, daemon.web.catalogue, daemon.web.defaults = (
+            guard,
+            catalogue_of(fresh),
+            _defaults(daemon.config),
+        )
         daemon.engine.reconfigure(_engine_settings(daemon.config), guard)
         log.info("reloaded", changed=can, needs_restart=cannot)
     except DispatcherError as error:
-        log.error("reload.refused", reason=str(error))
+        log.warning("reload.refused", reason=str(error))
     systemd.notify("READY=1")
 
 

@@ -147,8 +147,8 @@ Generation 0 is the original delivery of an event; retries by hand and replays c
 def new_id(prefix: str, unix_s: float, random_bytes: bytes) -> str:
     """Return `prefix` and a UUIDv7 of this moment in hexadecimal; needs 10 random bytes.
 
-    Sortable by time, 74 random bits (RFC 9562). Hexadecimal and not base 32, because PostgreSQL makes the same ones for events
-    in a column default and would spell base 32 out a character at a time in every producer's INSERT.
+    Sortable by time, 74 random bits (RFC 9562). Hexadecimal and not base 32, because PostgreSQL makes the same ones
+    for events in a column default and would spell base 32 out a character at a time in every producer's INSERT.
     """
     assert len(random_bytes) == 10, "a UUIDv7 takes 74 random bits"
     noise = int.from_bytes(random_bytes, "big")

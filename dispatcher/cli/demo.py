@@ -209,7 +209,7 @@ class _Demonstration:
 
     def _introduce(self, running: daemon.Daemon, version: str, took_s: float) -> None:
         self._say(f"PostgreSQL {version.partition(' ')[0]}, engine and API are up after {took_s:.1f} s.")
-        self._say(f"API and dashboard: {self._styled(running.url, bold=True)}")
+        self._say(f"API: {self._styled(running.url, bold=True)}")
         self._say(
             "Each delivery is verified twice: by printing the body again and hashing that, as the Express and Flask"
         )

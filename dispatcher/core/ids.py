@@ -1,8 +1,8 @@
 """Delivery ids: how a delivery is named, and found again without an index.
 
 A delivery has no row of its own on the happy path, so its id is not stored: it is its key (event sequence, endpoint id,
-generation), one AES block under a key of the database's own. Unique because a block cipher is a bijection, found because it
-can be undone, and it tells nobody how many events or webhooks there are.
+generation), one AES block under a key of the database's own. Unique because a block cipher is a bijection, found
+because it can be undone, and it tells nobody how many events or webhooks there are.
 """
 
 from __future__ import annotations

@@ -96,6 +96,7 @@ class Engine:
         self.database = False
         self.page_rows = PAGE_ROWS
         self.safety_s = SAFETY_S
+        self.losses = 0  # sessions that ended in trouble with the database
         self.settled = False  # active, or standing by for another daemon, at least once
         self._loop = loop
         self._wall = wall
@@ -190,6 +191,7 @@ class Engine:
         error = _first(group)
         self.database = False
         self.role = "standby"
+        self.losses += 1
         delay_s = reconnect_delay_s(failures, self._dice.random())
         reason = str(error).strip() or type(error).__name__
         log.warning("database.lost", reason=reason.splitlines()[0], retry_in_s=round(delay_s, 2), failures=failures)

@@ -93,7 +93,7 @@ class EndpointStore:
         self._vault = vault
         self._sql = statements("endpoint")
 
-    # ── for the engine ─────────────────────────────────────────────────────────────────────────────────────────────
+    # -- for the engine
 
     async def registry(self, defaults: EndpointDefaults) -> tuple[list[Endpoint], int]:
         """Every webhook with defaults filled in, and the registry's version they belong to."""
@@ -135,7 +135,7 @@ class EndpointStore:
         if rows:
             await self._db.execute(self._sql["learn"], *zip(*rows, strict=True))
 
-    # ── for their owners ───────────────────────────────────────────────────────────────────────────────────────────
+    # -- for their owners
 
     async def create(self, account_id: int, change: EndpointChange, secret: str | None) -> EndpointRecord:
         """Register a webhook."""

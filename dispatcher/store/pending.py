@@ -7,6 +7,7 @@ oldest first when it can take more.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -28,6 +29,7 @@ class PendingStore:
         self._connection = connection
         self._shard = shard
         self._prepared: dict[str, Any] = {}
+        self._lock = asyncio.Lock()  # the clock and the backlogs share the connection, which bears one statement at a time
 
     async def prepare(self) -> None:
         """Prepare every statement once."""
@@ -37,22 +39,26 @@ class PendingStore:
 
     async def refill(self, start: datetime, end: datetime, limit: int) -> list[tuple[int, int, int, datetime]]:
         """(endpoint id, event sequence, generation, due_at) of rows due in [start, end), soonest first."""
-        return await self._prepared["refill"].fetch(self._shard, start, end, limit)  # type: ignore[no-any-return]
+        return await self._fetch("refill", self._shard, start, end, limit)
 
     async def fetch(self, keys: Sequence[DeliveryKey]) -> list[Any]:
         """The due rows of these keys that still stand, with their events."""
         if not keys:
             return []
-        return await self._prepared["fetch"].fetch(*zip(*keys, strict=True))  # type: ignore[no-any-return]
+        return await self._fetch("fetch", *zip(*keys, strict=True))
 
     async def pull(self, positions: Sequence[tuple[int, int, int, int]]) -> list[Any]:
         """Held rows with their events, for each (endpoint id, after sequence, after generation, how many at most)."""
-        return await self._prepared["pull"].fetch(*zip(*positions, strict=True))  # type: ignore[no-any-return]
+        return await self._fetch("pull", *zip(*positions, strict=True))
 
     async def held_endpoints(self) -> list[int]:
         """Ids of the endpoints that have anything held."""
-        return [row[0] for row in await self._prepared["held_endpoints"].fetch()]
+        return [row[0] for row in await self._fetch("held_endpoints")]
 
     async def heads(self) -> dict[int, DeliveryKey]:
         """For each ordered endpoint with a due row: the delivery the others wait for."""
-        return {row[0]: (row[0], row[1], row[2]) for row in await self._prepared["heads"].fetch()}
+        return {row[0]: (row[0], row[1], row[2]) for row in await self._fetch("heads")}
+
+    async def _fetch(self, name: str, *arguments: Any) -> list[Any]:
+        async with self._lock:
+            return await self._prepared[name].fetch(*arguments)  # type: ignore[no-any-return]

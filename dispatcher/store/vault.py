@@ -1,7 +1,7 @@
 """Webhook secrets at rest: AES-256-GCM, bound to what they belong to.
 
-The key comes from a file or a systemd credential and never touches the database; what the database keeps is a nonce and the
-sealed text. `fingerprint` lets two daemons find out that they were given different keys before either writes.
+The key comes from a file or a systemd credential and never touches the database; what the database keeps is a nonce
+and the sealed text. `fingerprint` lets two daemons find out that they were given different keys before either writes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Vault:
             return self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], owner.encode()).decode()
         except InvalidTag:
             raise ConfigurationError(
-                [f"the secret of {owner} cannot be decrypted: [secrets] key_file holds another key than it was sealed with"]
+                [
+                    f"the secret of {owner} cannot be decrypted: [secrets] key_file holds another key than it was sealed with"
+                ]
             ) from None
 
     def __repr__(self) -> str:

@@ -137,10 +137,12 @@ class Running:
 
     engine: Engine
     task: asyncio.Task[None]
+    may_lose: bool = False  # the database, that is: the test takes it away
 
     def check(self) -> None:
         self.engine.deliverer.lanes.check()
         assert self.engine.deliverer.balance == 0, "deliveries nobody can account for"
+        assert self.may_lose or not self.engine.losses, "a session broke that nobody touched"
 
 
 class House:
@@ -225,11 +227,14 @@ class House:
     async def crash(self, running: Running) -> None:
         """End it at once, wherever it stands: nothing is flushed."""
         self.engines.remove(running)
+        running.engine.deliverer.running = False
         running.task.cancel()
         await asyncio.wait([running.task])
 
     async def cut(self, *names: str) -> int:
         """Have the server close connections of the engine; return how many there were."""
+        for running in self.engines:
+            running.may_lose = True
         return int(
             await self.app.fetchval(
                 "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"

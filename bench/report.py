@@ -1,0 +1,231 @@
+"""What a run says: rows for a table, bars that are met or missed, why it is void if it is, and everything as JSON and SVG."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench import plot
+from bench.histogram import Histogram
+from bench.ledger import Balance
+
+Value = float | int | str | None
+DASH: Final = "–"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bar:
+    """A figure and what it has to be. Ratios within one run travel between machines; absolute ones are of a two-core machine."""
+
+    what: str
+    value: float | None
+    at_least: float | None = None
+    at_most: float | None = None
+    stretch: float | None = None
+
+    @property
+    def is_met(self) -> bool | None:
+        """None: it could not be measured here."""
+        if self.value is None:
+            return None
+        above = self.at_least is None or self.value >= self.at_least
+        return above and (self.at_most is None or self.value <= self.at_most)
+
+    @property
+    def wanted(self) -> str:
+        """The condition, for people."""
+        parts = [f"≥ {shown(self.at_least)}"] if self.at_least is not None else []
+        parts += [f"≤ {shown(self.at_most)}"] if self.at_most is not None else []
+        parts += [f"(stretch {shown(self.stretch)})"] if self.stretch is not None else []
+        return " ".join(parts)
+
+
+class Report:
+    """One scenario's outcome, filled in as it runs."""
+
+    def __init__(self, scenario: str, question: str, sizes: Mapping[str, Any]) -> None:
+        self.scenario, self.question, self.sizes = scenario, question, dict(sizes)
+        self.began_unix_s = time.time()
+        self.rows: list[tuple[str, dict[str, Value]]] = []
+        self.bars: list[Bar] = []
+        self.books: dict[str, Balance] = {}
+        self.faults: list[str] = []
+        self.notes: list[str] = []
+        self.histograms: dict[str, Histogram] = {}
+        self.series: dict[str, list[tuple[float, float]]] = {}
+
+    @property
+    def is_void(self) -> bool:
+        """Whether nothing may be concluded from it."""
+        return bool(self.faults)
+
+    def row(self, cell: str, values: Mapping[str, Value]) -> None:
+        """A line of the table; columns are the union of all lines' keys, units in their names."""
+        self.rows.append((cell, dict(values)))
+
+    def bar(
+        self,
+        what: str,
+        value: float | None,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+        stretch: float | None = None,
+    ) -> None:
+        """Something that has to hold."""
+        self.bars.append(Bar(what, value, at_least, at_most, stretch))
+
+    def close_books(self, cell: str, balance: Balance) -> None:
+        """Keep a run's books; the report is void if they do not balance."""
+        self.books[cell] = balance
+        for fault in balance.faults:
+            self.void(cell, fault)
+
+    def void(self, cell: str, fault: str) -> None:
+        """Nothing of this may be believed, and why."""
+        self.faults.append(f"{cell}: {fault}")
+
+    def note(self, text: str) -> None:
+        """Something to know when reading the figures."""
+        self.notes.append(text)
+
+    def latencies(self, label: str, histogram: Histogram) -> dict[str, Value]:
+        """Keep a distribution for JSON and plot, pooled with what bears the same label; return its columns."""
+        self.histograms.setdefault(label, Histogram()).add(histogram)
+        pooled = self.histograms[label]
+        return {
+            "p50 ms": pooled.ms(0.5),
+            "p90 ms": pooled.ms(0.9),
+            "p99 ms": pooled.ms(0.99),
+            "p99.9 ms": pooled.ms(0.999),
+            "max ms": pooled.highest_ns / 1e6,
+        }
+
+    def show(self, console: Console) -> None:
+        """Print it."""
+        console.print(self._table())
+        if self.bars:
+            console.print(self._bars())
+        for note in self.notes:
+            console.print(f"  {note}", style="dim", highlight=False)
+        for fault in self.faults:
+            console.print(f"VOID  {fault}", style="bold red", highlight=False)
+
+    def _table(self) -> Table:
+        columns = list(dict.fromkeys(name for _, values in self.rows for name in values))
+        table = Table(title=f"{self.scenario}: {self.question}", title_justify="left", title_style="bold")
+        table.add_column("", no_wrap=True)
+        for name in columns:
+            table.add_column(name, justify="right")
+        for cell, values in self.rows:
+            table.add_row(cell, *(shown(values.get(name)) for name in columns))
+        return table
+
+    def _bars(self) -> Table:
+        table = Table("bar", "wanted", "measured", "", box=None, pad_edge=False)
+        for bar in self.bars:
+            mark = {True: "[green]met[/]", False: "[red]missed[/]", None: "[dim]not measured[/]"}[bar.is_met]
+            table.add_row(bar.what, bar.wanted, shown(bar.value), mark)
+        return table
+
+    def to_json(self, surroundings: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything, to be compared later."""
+        return {
+            "scenario": self.scenario,
+            "question": self.question,
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began_unix_s)),
+            "is_void": self.is_void,
+            "faults": self.faults,
+            "settings": self.sizes,
+            **surroundings,
+            "rows": [{"cell": cell, **values} for cell, values in self.rows],
+            "bars": [{**dataclasses.asdict(bar), "is_met": bar.is_met} for bar in self.bars],
+            "books": {cell: balance.to_json() for cell, balance in self.books.items()},
+            "notes": self.notes,
+            "histograms": {label: histogram.to_json() for label, histogram in self.histograms.items()},
+            "series": self.series,
+        }
+
+    def save(self, directory: Path, surroundings: Mapping[str, Any]) -> Path:
+        """Write the JSON and the plot; return the path of the JSON."""
+        directory.mkdir(parents=True, exist_ok=True)
+        stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(self.began_unix_s))}-{self.scenario}"
+        path = directory / f"{stem}.json"
+        path.write_text(json.dumps(self.to_json(surroundings), indent=1) + "\n", encoding="utf-8")
+        if drawing := self.draw():
+            (directory / f"{stem}.svg").write_text(drawing, encoding="utf-8")
+        return path
+
+    def draw(self) -> str:
+        """The plot that suits what was measured; empty if there is nothing to draw."""
+        title = f"{self.scenario}: {self.question}" + ("  VOID" if self.is_void else "")
+        if self.series:
+            return plot.lines(title, self.series, x="s", y=self._series_unit())
+        if self.histograms:
+            return plot.quantiles(title, self.histograms)
+        rates = {cell: float(value) for cell, values in self.rows for value in list(values.values())[:1] if _is_number(value)}
+        unit = next((name for _, values in self.rows for name in values), "")
+        return plot.columns(title, rates, unit) if rates else ""
+
+    def _series_unit(self) -> str:
+        label = next(iter(self.series))
+        return label.rpartition(", ")[2] if ", " in label else ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def shown(value: Value) -> str:
+    """A figure with as many digits as can be meant."""
+    if value is None:
+        return DASH
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+class Watch:
+    """The progress bar, on standard error, for people; silent when nobody is looking."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[now]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            refresh_per_second=2,  # drawing costs CPU that the run should have
+            disable=quiet or not self.console.is_terminal,
+        )
+
+    @contextlib.contextmanager
+    def over(self, what: str, total: float) -> Iterator[Callable[[float], None]]:
+        """Watch one phase; call what is yielded with how far it is."""
+        task = self._progress.add_task(what, total=total, now="")
+        began, self._progress_at = time.monotonic(), 0.0
+
+        def step(done: float) -> None:
+            elapsed_s = time.monotonic() - began
+            rate = f"{done / elapsed_s:,.0f}/s" if elapsed_s > 0.5 else ""
+            self._progress.update(task, completed=done, now=rate)
+
+        with self._progress if not self._progress.live.is_started else contextlib.nullcontext():
+            try:
+                yield step
+            finally:
+                self._progress.remove_task(task)

@@ -1,0 +1,62 @@
+"""What a scenario is, and where they are found: one file each in `bench/scenarios/`.
+
+A file has `QUESTION` (what it answers, one line), `OPTIONS` (its sizes, each with what it is in a smoke run) and
+`async def run(lab, report, sizes)`. That is all: flags, table, JSON, plot and the smoke run follow from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+from bench import scenarios
+from bench.lab import Lab
+from bench.report import Report
+
+ORDER: Final = (
+    "transport", "throughput", "latency", "light", "isolation", "producers", "growth", "retries", "recovery", "memory", "soak",
+    "peers",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """A size that can be chosen: `--name`."""
+
+    name: str
+    default: int | str
+    smoke: int | str
+    help: str
+
+
+Sizes = Mapping[str, Any]
+Run = Callable[[Lab, Report, Sizes], Awaitable[None]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scenario:
+    """One question and how it is answered."""
+
+    name: str
+    question: str
+    options: tuple[Option, ...]
+    run: Run
+
+    def sizes(self, *, smoke: bool = False) -> dict[str, Any]:
+        """What each option is unless somebody says otherwise."""
+        return {option.name: option.smoke if smoke else option.default for option in self.options}
+
+
+def all_scenarios() -> dict[str, Scenario]:
+    """Every scenario there is: the known ones in the order in which they build on each other, then the others."""
+    names = [module.name for module in pkgutil.iter_modules(scenarios.__path__)]
+    names.sort(key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    return {name: _load(name) for name in names}
+
+
+def _load(name: str) -> Scenario:
+    module = importlib.import_module(f"bench.scenarios.{name}")
+    return Scenario(name, module.QUESTION, module.OPTIONS, module.run)
