@@ -29,7 +29,7 @@ DISPATCHER = [sys.executable, "-c", "from dispatcher.cli.operator import main; m
 async def until(condition: Callable[[], Any], what: str) -> None:
     try:
         async with asyncio.timeout(PATIENCE_S):
-            while not condition():  # noqa: ASYNC110  the condition lies in another process or on a socket
+            while not condition():  # the condition lies in another process or on a socket
                 await asyncio.sleep(0.02)
     except TimeoutError:
         pytest.fail(f"waited {PATIENCE_S} s for {what}")
@@ -231,9 +231,9 @@ async def test_kill_9_in_mid_load_loses_nothing_and_repeats_no_more_than_was_out
             " GROUP BY event_seq, endpoint_id HAVING count(*) > 1) t"
         )
         assert twice == 0, "an outcome was logged twice"
-    # In flight at most 16 for one webhook; unflushed, what its answers made of 10 ms and a flush; both far below a batch.
+    # Repeated may be what was in flight or not yet written down: at worst a round's own load, never an earlier round's.
     repeats = sum(receiver.ids().values()) - len(committed)
-    assert repeats <= rounds * 1000
+    assert repeats <= rounds * 400
     assert sum(receiver.ids()[event] > 0 for event in committed) == len(committed)
 
 

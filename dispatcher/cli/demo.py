@@ -255,7 +255,7 @@ class _Demonstration:
         url, dsn = running.url, shlex.quote(config.database.dsn)
         metrics = config.metrics.listen
         self._say()
-        self._say(f"  API and dashboard  {url}")
+        self._say(f"  API                {url}")
         if not metrics.endswith(":0"):
             self._say(f"  metrics            http://{metrics}/metrics")
         self._say(f"  API key            {key}")

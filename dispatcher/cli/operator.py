@@ -135,12 +135,12 @@ def _ending_on_sigterm() -> Iterator[None]:
 @click.option(
     "--once", is_flag=True, help="Stop after the last delivery: 0 if all were delivered and verified, else 1."
 )
-@click.option("--port", type=click.IntRange(0, 65535), help="Of API and dashboard. [default: 8480, or a free one]")
+@click.option("--port", type=click.IntRange(0, 65535), help="Of the API. [default: 8480, or a free one]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each delivery.")
 def demo(once: bool, port: int | None, as_json: bool) -> None:
     """Show everything at work, on a PostgreSQL that is gone afterwards.
 
-    Starts an embedded PostgreSQL in a temporary directory, the engine, API and dashboard, and a receiver of its own,
+    Starts an embedded PostgreSQL in a temporary directory, the engine, the API, and a receiver of its own,
     which is registered as two webhooks: one with a handler like the Express example of the webhook guide, one like the
     Flask example. Emits one sample of each event type and shows each delivery as it lands, with both signatures
     verified: X-Trackpost-Signature as the guide's handlers do it, webhook-signature as Standard Webhooks libraries do.

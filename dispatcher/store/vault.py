@@ -45,9 +45,7 @@ class Vault:
             return self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], owner.encode()).decode()
         except InvalidTag:
             raise ConfigurationError(
-                [
-                    f"the secret of {owner} cannot be decrypted: [secrets] key_file holds another key than it was sealed with"
-                ]
+                [f"the secret of {owner} was sealed with another key than the one in [secrets] key_file"]
             ) from None
 
     def __repr__(self) -> str:
