@@ -102,17 +102,18 @@ class Ledger:
         return [first[cell] - start[event] for event in events for cell in self.cells(event) if first[cell] != NEVER]
 
     def balance(self, events: Iterable[int], committed: int) -> Balance:
-        """Close the books over events of which every delivery should have come; `committed` is how many the database holds."""
-        sent = received = duplicates = acknowledged = 0
+        """Close the books over events of which every delivery should have come; `committed` is how many the database holds of all."""
+        fanout, acked, count = self.fanout, self.acked, self.count
+        sent = received = requests = 0
         for event in events:
-            if self.acked[event] == NEVER:
+            if acked[event] == NEVER:
                 continue
-            acknowledged += 1
-            counts = bytes(self.count[event * self.fanout : (event + 1) * self.fanout])
-            sent += self.fanout
-            received += self.fanout - counts.count(0)
-            duplicates += sum(counts) - (self.fanout - counts.count(0))
-        return Balance(sent, received, duplicates, self.head[FOREIGN], acknowledged, committed)
+            counts = count[event * fanout : (event + 1) * fanout].tolist()
+            sent += fanout
+            received += fanout - counts.count(0)
+            requests += sum(counts)
+        acknowledged = self.events - self.acked.tolist().count(NEVER)
+        return Balance(sent, received, requests - received, self.head[FOREIGN], acknowledged, committed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

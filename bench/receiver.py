@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -43,13 +44,16 @@ class Behaviour:
     last: int = 10**GROUP_DIGITS - 1
 
 
+PROMPT: Final = Behaviour()
+
+
 @dataclasses.dataclass(slots=True)
 class Told:
     """What the harness wants; looked at by every request."""
 
     ledger: Ledger | None = None
     by_endpoint: dict[int, Behaviour] = dataclasses.field(default_factory=dict)
-    everybody: Behaviour = dataclasses.field(default_factory=Behaviour)
+    everybody: Behaviour = PROMPT
     opened: int = 0
 
     def order(self, line: dict[str, Any]) -> None:
@@ -61,11 +65,11 @@ class Told:
         self.behave([Behaviour(**each) for each in line["behaviours"]])
 
     def behave(self, behaviours: Sequence[Behaviour]) -> None:
-        self.everybody = Behaviour()
+        self.everybody = PROMPT
         self.by_endpoint = {}
         for each in behaviours:
-            if each.first == 0 and each.last == Behaviour.last:
-                self.everybody = each
+            if (each.first, each.last) == (PROMPT.first, PROMPT.last):
+                self.everybody = PROMPT if each == PROMPT else each
             else:
                 self.by_endpoint |= dict.fromkeys(range(each.first, each.last + 1), each)
 
@@ -84,7 +88,7 @@ OK: Final = ANSWERS[200]
 
 
 class Connection(asyncio.Protocol):
-    """One connection. The ordinary request comes whole in one piece, and costs 2 µs here."""
+    """One connection. The ordinary request comes whole in one piece."""
 
     __slots__ = ("_began_ns", "_loop", "_parts", "_told", "_write")
 
@@ -101,26 +105,25 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._told.count_open(-1)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:  # one long function: the calls of three short ones cost 0.4 of its 2 µs
         if self._parts:
             data = self._parts + data
         else:
             self._began_ns = time.monotonic_ns()
         end = data.find(b"\r\n\r\n")
-        if end < 0 or len(data) < end + 4 + _length(data, end):
+        at = data.find(LENGTH, 0, end)
+        length = int(data[at + len(LENGTH) : data.find(b"\r", at)]) if at > 0 else _length(data, end)
+        if end < 0 or len(data) < end + 4 + length:
             self._parts = data
             return
         self._parts = b""
-        self._take(data, end)
-
-    def _take(self, data: bytes, end: int) -> None:
         told, ledger = self._told, self._told.ledger
-        at = data.find(ID, 0, end)
-        if ledger is None or at < 0:
-            self._write(OK)  # the bare loop before there is a ledger, or a stranger
+        at = data.find(ID, 0, end) + len(ID) + ID_DIGITS
+        if ledger is None or at < len(ID) + ID_DIGITS:
+            self._write(OK)  # before there is a ledger, or a stranger
             return
         endpoint = int(data[PATH_AT : PATH_AT + GROUP_DIGITS])
-        number = int(data[at + len(ID) + ID_DIGITS - NUMBER_DIGITS : at + len(ID) + ID_DIGITS])
+        number = int(data[at - NUMBER_DIGITS : at])
         head = ledger.head
         head[REQUESTS] += 1
         if number >= ledger.events:
@@ -129,13 +132,18 @@ class Connection(asyncio.Protocol):
             return
         cell = number * ledger.fanout + endpoint % ledger.fanout
         before = ledger.count[cell]
-        if before == 0:
+        if not before:
             head[DISTINCT] += 1
-            ledger.first[cell] = self._began_ns
-        ledger.last[cell] = self._began_ns
-        if before < REPEATS_MAX:
-            ledger.count[cell] = before + 1
-        self._answer(told.by_endpoint.get(endpoint, told.everybody), before)
+            ledger.first[cell] = ledger.last[cell] = self._began_ns
+            ledger.count[cell] = 1
+        else:
+            ledger.last[cell] = self._began_ns
+            ledger.count[cell] = min(before + 1, REPEATS_MAX)
+        behaviour = told.by_endpoint.get(endpoint, told.everybody)
+        if behaviour is PROMPT:
+            self._write(OK)
+        else:
+            self._answer(behaviour, before)
 
     def _answer(self, behaviour: Behaviour, before: int) -> None:
         if behaviour.hangs:
@@ -148,9 +156,8 @@ class Connection(asyncio.Protocol):
 
 
 def _length(data: bytes, end: int) -> int:
-    at = data.find(LENGTH, 0, end)
-    if at < 0:
-        at = data[:end].lower().find(LENGTH.lower())
+    """The Content-Length of a head that spells it in its own way."""
+    at = data[: max(0, end)].lower().find(LENGTH.lower())
     if at < 0:
         return 0
     stop = data.find(b"\r\n", at)
@@ -160,6 +167,8 @@ def _length(data: bytes, end: int) -> int:
 async def serve() -> None:
     """Serve until standard input ends. The port is the first line of standard output; each order is answered with a line."""
     loop = asyncio.get_running_loop()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     told = Told()
     server = await loop.create_server(lambda: Connection(told), "127.0.0.1", 0, backlog=8192)
     _say(port=server.sockets[0].getsockname()[1])

@@ -110,10 +110,10 @@ class Report:
             "max ms": pooled.highest_ns / 1e6,
         }
 
-    def show(self, console: Console) -> None:
-        """Print it."""
+    def show(self, console: Console, *, judged: bool = True) -> None:
+        """Print it; the bars only if the sizes were such that they mean something."""
         console.print(self._table())
-        if self.bars:
+        if self.bars and judged:
             console.print(self._bars())
         for note in self.notes:
             console.print(f"  {note}", style="dim", highlight=False)

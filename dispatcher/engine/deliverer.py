@@ -8,8 +8,8 @@ dead, full or waits for its head (`ordered`) is *held*: due at infinity, pulled 
 more. As long as a webhook has a `backlog`, new deliveries queue up behind what is held.
 
 **Conservation.** What was taken over is queued, in flight, or was handed on: to the ledger, which settles it or writes its
-pending row, or back to where it came from. `balance` says by how much that is off, and is zero at every step. What has both a
-place in memory and a pending row is in `rows` until a commit says that only one of the two is left.
+pending row, or back to where it came from. `balance` says by how much that is off, and is zero at every step. What is in memory, the
+ledger's buffer included, and has or is about to get a pending row is in `rows`, until a commit says that only one of the two is left.
 
 **Never.** No exception of an endpoint's making passes here; nothing is dropped silently.
 """
@@ -39,7 +39,7 @@ from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import Attempt, DeliveryKey, DeliveryState, Endpoint, EndpointId, EndpointStatus, Result
 from dispatcher.telemetry import Telemetry
 
-PULL_BELOW: Final = 16  # a lane with less than this queued may be pulled for
+PULL_BELOW: Final = 64  # whoever has more than this queued is not asked whether it is hungry
 LANE_DUE_MAX: Final = 128  # retries that come due in a longer queue than this are held: each lane's part of the room for retries
 RELEASE_DELAY_S: Final = 1.0  # our own fault (no file descriptors, …): soon, but not in a spin
 FIRST_KEY: Final = (-1, -1)
@@ -123,7 +123,7 @@ class Subscriber:
     """A webhook in the engine: its settings, its lane and pool, how it signs, and where its backlog stands."""
 
     __slots__ = (
-        "after", "backlog", "behind", "endpoint", "error", "head", "head_key", "held", "lane", "origin", "parks",
+        "after", "answered_at", "backlog", "behind", "endpoint", "error", "head", "head_key", "held", "lane", "origin", "parks",
         "resign_at", "signer", "unflushed",
     )  # fmt: skip
 
@@ -142,6 +142,7 @@ class Subscriber:
         self.head_key: DeliveryKey | None = None  # ordered: the failed delivery the others wait for
         self.parks = 0  # times something was parked, ever
         self.unflushed = 0  # parked and not yet in the database
+        self.answered_at = 0.0  # loop time of its last result
 
     def rewind(self, to: tuple[int, int] = FIRST_KEY) -> None:
         """Pull again from behind `to`: something was put there."""
@@ -339,13 +340,11 @@ class Deliverer:
             self.rows.add(delivery.key)
             return True
         if is_due:
-            self.taken += 1
-            self.rows.add(delivery.key)
-            self.park(delivery)
+            self.hold(delivery)
         return False
 
     def hold(self, delivery: Delivery) -> None:
-        """Take a first attempt over and hold it, whatever its lane could do."""
+        """Take a delivery over and hold it, whatever its lane could do."""
         self.taken += 1
         self.park(delivery)
 
@@ -361,7 +360,12 @@ class Deliverer:
             self.on_hungry(subscriber)
         else:
             subscriber.unflushed += 1
-            self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, HELD_UNTIL, None)
+            self._write_row(delivery, HELD_UNTIL)
+
+    def _write_row(self, delivery: Delivery, due: datetime, error: str | None = None) -> None:
+        """Hand a delivery to the ledger for its pending row. Others may see that row before we hear that it is committed."""
+        self.rows.add(delivery.key)
+        self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, due, error)
 
     def _put_back(self, deliveries: Iterable[Delivery]) -> None:
         for delivery in deliveries:
@@ -441,6 +445,7 @@ class Deliverer:
             return
         self.in_flight.remove(delivery)
         self.passed_on += 1
+        subscriber.answered_at = now
         outcome = RELEASED if isinstance(attempt, Released) else judge(attempt.result, attempt.status)
         self._settle(delivery, attempt, outcome)
         dead = self.lanes.done(lane, outcome.signal, delivery.era, now, self._dead_delay_s)
@@ -501,7 +506,7 @@ class Deliverer:
         delivery.attempts = number
         delivery.other_secret = False
         due = datetime.fromtimestamp(wall + delay_s, UTC)
-        self._ledger.pending(delivery, _RETRYING, due, attempt.error or str(attempt.status))
+        self._write_row(delivery, due, attempt.error or str(attempt.status))
         if subscriber.endpoint.ordered:
             self._wait_for(delivery)
         return _RETRYING
@@ -518,7 +523,7 @@ class Deliverer:
         self._telemetry.released += 1
         delivery.other_secret = False
         due = datetime.fromtimestamp(self._wall() + RELEASE_DELAY_S, UTC)
-        self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, due, None)
+        self._write_row(delivery, due)
         if delivery.subscriber.endpoint.ordered:
             self._wait_for(delivery)
 
@@ -547,11 +552,16 @@ class Deliverer:
             if any(_is_older(entry, page_before) for entry in subscriber.lane.todo):
                 self._put_back(self.lanes.release(subscriber.lane))
 
-    def spill_slow(self, drain_s: float) -> None:
-        """Hold the queues that will take longer than `drain_s`: the room is for webhooks that answer."""
+    def spill_slow(self, patience_s: float) -> None:
+        """Hold the queues that will take longer than `patience_s`, or stand still for as long: the room is for webhooks that answer."""
+        before = self._loop.time() - patience_s
         for subscriber in self.subscribers.values():
-            if subscriber.lane.todo and subscriber.lane.drain_estimate_s() > drain_s:
-                self._put_back(self.lanes.release(subscriber.lane))
+            lane = subscriber.lane
+            if lane.todo and (
+                lane.drain_estimate_s() > patience_s
+                or (subscriber.answered_at < before and _is_older(lane.todo[0], before))
+            ):
+                self._put_back(self.lanes.release(lane))
 
     def drop_queued(self) -> None:
         """Empty all lanes without a trace: the outbox will be read again from the persisted cursor, the rows pulled again."""

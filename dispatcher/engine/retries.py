@@ -32,10 +32,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+from dispatcher.core.lanes import LATENCY_START_S
 from dispatcher.core.routing import Registry
 from dispatcher.core.wheel import TICK_S, Wheel, due_tick, elapsed_tick
 from dispatcher.core.window import Health
-from dispatcher.engine.deliverer import FIRST_KEY, LAST_KEY, PULL_BELOW, Deliverer, Delivery, Event, Row, Subscriber, payload_of
+from dispatcher.engine.deliverer import FIRST_KEY, LAST_KEY, Deliverer, Delivery, Event, Row, Subscriber, payload_of
 from dispatcher.engine.ledger import Committed, Ledger
 from dispatcher.errors import Undeliverable
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointId, EndpointStatus
@@ -48,6 +49,8 @@ REFILL_ROWS: Final = 20_000
 WHEEL_KEYS_MAX: Final = 200_000  # 50 MB of keys
 FIRE_ROWS: Final = 500
 PULL_ROWS: Final = 128  # per webhook and pull
+PULL_AHEAD_S: Final = 0.1  # a lane is pulled for as much as it sends in that time, and again when half of it is gone
+STALL_S: Final = 1.0  # who has not answered for so long gets no more than its window, and gives back what room is short of
 PULL_ROWS_IN_ALL: Final = 1024  # 5 ms of parsing
 PULLED_SHARE: Final = 2  # backlogs may fill half of the room for retries: what comes due needs some too
 PROBE_ROWS: Final = 4
@@ -70,6 +73,7 @@ class Retries:
         registry: Callable[[], Registry],
         recovering: Callable[[], bool] = lambda: False,
         wall: Callable[[], float] = time.time,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._pending = pending
         self._deliverer = deliverer
@@ -78,7 +82,7 @@ class Retries:
         self._registry = registry
         self._recovering = recovering  # events older than what is held may still come
         self._wall = wall
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._wheel: Wheel[DeliveryKey] = Wheel(elapsed_tick(self._loop.time()))
         self._frontier = BEGINNING
         self._hungry: dict[Subscriber, None] = {}  # in the order they became so
@@ -110,7 +114,7 @@ class Retries:
             self.hungry(subscriber)
         for key, due in committed.due:
             self._wait(key, due)
-        self._deliverer.pump()  # it may have stopped because the ledger was full
+        # it may have stopped because the ledger was full
 
     def hungry(self, subscriber: Subscriber) -> None:
         """A webhook with something held may be able to take more."""
@@ -149,14 +153,17 @@ class Retries:
     async def run(self) -> None:
         """Fire what is due, once per tick, until cancelled."""
         while True:
-            now = self._loop.time()
-            self.progress_at = now
-            wall = datetime.fromtimestamp(self._wall(), UTC)
-            if self._frontier - wall < REFILL_BELOW:
-                await self._refill(wall)
-            await self._fire()
-            self._notice()
+            await self.turn()
             await asyncio.sleep(TICK_S - self._loop.time() % TICK_S)
+
+    async def turn(self) -> None:
+        """What is done each tick."""
+        self.progress_at = self._loop.time()
+        wall = datetime.fromtimestamp(self._wall(), UTC)
+        if self._frontier - wall < REFILL_BELOW:
+            await self._refill(wall)
+        await self._fire()
+        self._notice()
 
     async def _refill(self, wall: datetime) -> None:
         start, end = self._frontier, wall + HORIZON
@@ -207,6 +214,8 @@ class Retries:
                 window = subscriber.lane.window
                 if window.health is not Health.DEAD or now >= window.dead_until:
                     self.hungry(subscriber)
+        if self._hungry and self._room_for_pulled <= 0:
+            self._deliverer.spill_slow(STALL_S)
 
     # ── backlogs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -214,26 +223,42 @@ class Retries:
         """Pull for the hungry until cancelled."""
         while True:
             await self._wake.wait()
-            self._wake.clear()
-            self._gone = set()
-            try:
-                await self._pull()
-                if self._orphans:
-                    await self._bury()
-            finally:
-                self._gone = None
+            await self.turn_backlogs()
             await asyncio.sleep(PULL_S)
+
+    async def turn_backlogs(self) -> None:
+        """Pull once for all that are hungry now, as far as there is room."""
+        self._wake.clear()
+        self._gone = set()
+        try:
+            await self._pull()
+            if self._orphans:
+                await self._bury()
+        finally:
+            self._gone = None
 
     def _appetite(self, subscriber: Subscriber) -> int:
         lane, window = subscriber.lane, subscriber.lane.window
-        if not subscriber.held or lane.paused or len(lane.todo) >= PULL_BELOW:
+        if not subscriber.held or lane.paused:
             return 0
         if subscriber.head_key is not None or (subscriber.endpoint.ordered and self._recovering()):
             return 0
         if window.health is Health.DEAD:
             return PROBE_ROWS if self._loop.time() >= window.dead_until else 0
         lanes = self._deliverer.lanes
-        return max(0, min(PULL_ROWS, lanes.room_for_lane, self._room_for_pulled))
+        wanted = self._wanted(subscriber)
+        if len(lane.todo) * 2 > wanted:
+            return 0
+        return max(0, min(wanted - len(lane.todo), lanes.room_for_lane, self._room_for_pulled))
+
+    def _wanted(self, subscriber: Subscriber) -> int:
+        """How long its queue should be: webhooks that hang must not fill the room with what they cannot send."""
+        lane = subscriber.lane
+        window = max(1, lane.window.size)
+        if lane.busy >= window and subscriber.answered_at < self._loop.time() - STALL_S:
+            return window
+        each_s = max((lane.latency_s or LATENCY_START_S) / window, lane.interval_s)
+        return min(PULL_ROWS, max(window, int(PULL_AHEAD_S / each_s)))
 
     @property
     def _room_for_pulled(self) -> int:

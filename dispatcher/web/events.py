@@ -13,12 +13,14 @@ from typing import Annotated, Final
 import msgspec
 from aiohttp import web
 
+from dispatcher.core.catalogue import EventType
 from dispatcher.core.rendering import TYPE_BYTES_MAX, check_data, is_type
 from dispatcher.errors import Undeliverable
 from dispatcher.store.events import EventRecord, IdempotencyConflict
 from dispatcher.web.answers import answer, moment, no_query, page, wanted
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import expecting, read_body
+from dispatcher.web.openapi import PAGE, Answer, PageOf, Parameter, operation
 from dispatcher.web.parts import Web
 from dispatcher.web.problems import FieldError, Problem, invalid, not_found
 
@@ -46,6 +48,16 @@ class EventAnswer(msgspec.Struct, kw_only=True):
     data: msgspec.Raw
 
 
+_KEY: Final = Parameter(
+    KEY_HEADER,
+    "1 to 255 printable ASCII characters. Used again within 24 hours with the same type and data, the answer is the first "
+    "event; with others it is 409.",
+    {"type": "string", "pattern": "^[ -~]{1,255}$"},
+    place="header",
+)
+_TYPE: Final = Parameter("type", "Only events of this type.", {"type": "string", "maxLength": TYPE_BYTES_MAX})
+
+
 class Events:
     """The calls."""
 
@@ -61,6 +73,16 @@ class Events:
             web.get("/event-types", self.types),
         ]
 
+    @operation(
+        "Events",
+        body=NewEvent,
+        parameters=[_KEY],
+        answers={
+            201: Answer(EventAnswer, "The event is committed and will be delivered.", headers=("Location",)),
+            200: Answer(EventAnswer, "The event that this Idempotency-Key made before.", headers=("Location",)),
+        },
+        problems=["idempotency_conflict"],
+    )
     async def create(self, request: web.Request) -> web.Response:
         """Emit: 201 with the event, or 200 with the one that this Idempotency-Key made before."""
         no_query(request)
@@ -78,6 +100,7 @@ class Events:
             raise Problem(409, "idempotency_conflict", detail) from None
         return answer(shown(event), 201 if is_new else 200, {"Location": f"/v1/events/{event.id}"})
 
+    @operation("Events", parameters=[*PAGE, _TYPE], answers={200: PageOf(EventAnswer)})
     async def browse(self, request: web.Request) -> web.Response:
         """The account's events, newest first; `type` picks those of one type."""
         part = wanted(request, "type")
@@ -89,6 +112,7 @@ class Events:
         )
         return page([shown(event) for event in found.events], found.reached)
 
+    @operation("Events", answers={200: EventAnswer})
     async def get(self, request: web.Request) -> web.Response:
         """One event."""
         no_query(request)
@@ -97,6 +121,7 @@ class Events:
             raise not_found("event")
         return answer(shown(event))
 
+    @operation("Event types", answers={200: PageOf(EventType)})
     async def types(self, request: web.Request) -> web.Response:
         """The catalogue, whole: it is as long as its files."""
         no_query(request)

@@ -30,6 +30,7 @@ from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, Endpoin
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting, read_body
+from dispatcher.web.openapi import IF_MATCH, PAGE, Answer, PageOf, operation
 from dispatcher.web.parts import Web
 from dispatcher.web.problems import FieldError, Problem, not_found
 
@@ -135,6 +136,16 @@ class WebhookAnswer(msgspec.Struct, kw_only=True):
     last_error: str | None
 
 
+class SecretAnswer(msgspec.Struct, kw_only=True):
+    """What a webhook's requests are signed with; null when they are not."""
+
+    secret: str | None
+
+
+_CHANGED: Final = Answer(WebhookAnswer, "The webhook as it is now.", headers=("ETag",))
+_CHANGE: Final = ("precondition_failed", "conflict")
+
+
 class Webhooks:
     """The calls."""
 
@@ -155,6 +166,11 @@ class Webhooks:
             web.get(f"{one}/secret", self.secret),
         ]
 
+    @operation(
+        "Webhooks",
+        body=NewWebhook,
+        answers={201: Answer(WebhookAnswer, "The webhook, with its secret.", headers=("ETag", "Location"))},
+    )
     async def create(self, request: web.Request) -> web.Response:
         """Register a webhook: 201 with the secret, made here unless one was given."""
         no_query(request)
@@ -165,6 +181,7 @@ class Webhooks:
         record = await self._web.endpoints.create(caller(request).account_id, merged(NEW, body), secret)
         return self._answer(record, 201, {"Location": f"/v1/webhooks/{record.id}"}, secret)
 
+    @operation("Webhooks", parameters=PAGE, answers={200: PageOf(WebhookAnswer)})
     async def browse(self, request: web.Request) -> web.Response:
         """The account's webhooks, newest first."""
         part = wanted(request)
@@ -174,11 +191,18 @@ class Webhooks:
         records, next_cursor = cut(found, part)
         return page([shown(record, self._web.defaults) for record in records], next_cursor)
 
+    @operation(
+        "Webhooks",
+        parameters=[IF_MATCH],
+        answers={200: Answer(WebhookAnswer, headers=("ETag",))},
+        problems=["precondition_failed"],
+    )
     async def get(self, request: web.Request) -> web.Response:
         """One webhook, with its version as ETag."""
         no_query(request)
         return self._answer(await self._current(request))
 
+    @operation("Webhooks", body=WebhookPatch, parameters=[IF_MATCH], answers={200: _CHANGED}, problems=_CHANGE)
     async def update(self, request: web.Request) -> web.Response:
         """Change some settings."""
         no_query(request)
@@ -195,6 +219,7 @@ class Webhooks:
                 return self._answer(record)
         raise _contended()
 
+    @operation("Webhooks", parameters=[IF_MATCH], answers={204: None}, problems=_CHANGE)
     async def delete(self, request: web.Request) -> web.Response:
         """Remove a webhook and what waits for it: 204."""
         no_query(request)
@@ -204,6 +229,7 @@ class Webhooks:
                 return web.Response(status=204)
         raise _contended()
 
+    @operation("Webhooks", parameters=[IF_MATCH], answers={200: _CHANGED}, problems=[*_CHANGE, "webhook_disabled"])
     async def pause(self, request: web.Request) -> web.Response:
         """Stop new attempts and hold what comes. Pausing twice is no mistake; pausing what is disabled is."""
         no_query(request)
@@ -219,6 +245,7 @@ class Webhooks:
                 return self._answer(record)
         raise _contended()
 
+    @operation("Webhooks", parameters=[IF_MATCH], answers={200: _CHANGED}, problems=_CHANGE)
     async def resume(self, request: web.Request) -> web.Response:
         """Send again, what was held first; re-activates a disabled webhook too."""
         no_query(request)
@@ -232,13 +259,14 @@ class Webhooks:
                 return self._answer(record)
         raise _contended()
 
+    @operation("Webhooks", answers={200: SecretAnswer})
     async def secret(self, request: web.Request) -> web.Response:
         """The signing secret; null when the webhook is unsigned."""
         no_query(request)
         found = await self._web.endpoints.secret(caller(request).account_id, request.match_info["id"])
         if found is None:
             raise not_found("webhook")
-        return answer({"secret": found.current})
+        return answer(SecretAnswer(secret=found.current))
 
     async def _current(self, request: web.Request) -> EndpointRecord:
         """The webhook of the path, if it is the caller's (else 404) and what If-Match names (else 412)."""

@@ -1,0 +1,81 @@
+"""Does age slow it down? The same drain on an empty database, behind years of history, beside waiting deliveries, and as a large backlog."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from bench.lab import Cell, Lab, Mix
+from bench.report import Report
+from bench.scenario import Option, Sizes
+
+QUESTION = "does it get slower or larger with history, with waiting deliveries, with a backlog?"
+OPTIONS = (
+    Option("events", 100_000, 2_000, "drained in each cell"),
+    Option("history", 1_000_000, 5_000, "events and attempts there already"),
+    Option("pending", 1_000_000, 5_000, "deliveries that wait for another day"),
+    Option("backlog", 1_000_000, 6_000, "events to drain in the last cell"),
+    Option("endpoints", 100, 20, "webhooks"),
+)
+ATTEMPTS: Final = """
+    INSERT INTO dispatcher.attempt (at, event_seq, event_xid, endpoint_id, generation, attempt, state, result, status, duration_us)
+    SELECT now(), seq, xid, 1, 0, 1, 'delivered', '2xx', 200, 1000 FROM dispatcher.outbox
+"""
+PENDING: Final = """
+    INSERT INTO dispatcher.pending (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)
+    SELECT (SELECT min(id) FROM dispatcher.endpoint), n, 0, '1', now(), 'retrying', 1,
+           now() + interval '1 day' + n * interval '1 millisecond'
+    FROM generate_series(nextval('dispatcher.outbox_seq') + 1, nextval('dispatcher.outbox_seq') + $1) n
+"""
+SKIP: Final = """
+    UPDATE dispatcher.shard SET prev = pg_current_snapshot(), prev_at = clock_timestamp(), cur = NULL, at_xid = '0', at_seq = 0
+"""
+RSS_MAX_MB: Final = 400.0  # two queues of 20,000 deliveries, pages, and as much again
+
+
+async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
+    """Four cells."""
+    rates: dict[str, float] = {}
+    highest = 0.0
+    for kind in ("empty", "history", "pending", "backlog"):
+        count = sizes.get(kind, 0)
+        events = sizes["backlog"] if kind == "backlog" else sizes["events"]
+        name = f"{kind} {count:,}" if count else kind
+        async with lab.cell(name, events=events, endpoints=sizes["endpoints"]) as cell:
+            await _age(cell, kind, count)
+            values = await _drain(cell, report, events, sizes["endpoints"])
+        report.row(name, values)
+        rates[kind] = values["deliveries/s"]
+        highest = max(highest, values["RSS MB"] or 0.0)
+    for kind in ("history", "pending", "backlog"):
+        report.bar(f"{kind}: drain in proportion to empty", rates[kind] / max(rates["empty"], 1e-6), at_least=0.9)
+    report.bar("highest RSS MB", highest or None, at_most=RSS_MAX_MB)
+
+
+async def _age(cell: Cell, kind: str, count: int) -> None:
+    """Make the database old without a daemon: the cursor is moved behind what was put there."""
+    connection = cell.connection
+    with cell.lab.watch.over(f"{cell.name}: growing old", 1):
+        if kind == "history":
+            await connection.execute(
+                "INSERT INTO dispatcher.outbox (account, type, data)"
+                " SELECT 'default', 'bench.history', '{\"n\": 1}' FROM generate_series(1, $1::bigint)",
+                count,
+                timeout=None,
+            )
+            await connection.execute(ATTEMPTS, timeout=None)
+            await connection.execute(SKIP)
+        elif kind == "pending":
+            await connection.execute(PENDING, count, timeout=None)
+        await connection.execute("VACUUM ANALYZE")
+
+
+async def _drain(cell: Cell, report: Report, events: int, endpoints: int) -> dict[str, Any]:
+    await cell.fill(range(events), Mix(groups=endpoints))
+    before = await cell.logged()
+    await cell.daemon.start()
+    await cell.arrived(events)
+    await cell.until_logged(before + events)
+    steady = cell.meter.steady()
+    report.series[f"{cell.name}, RSS MB"] = cell.meter.rss_series()
+    await cell.close_books(report, logged=before == 0)
+    return {"deliveries/s": steady.rate, **steady.per(steady.requests), "RSS MB": cell.meter.rss_max_mb}

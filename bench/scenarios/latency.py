@@ -1,0 +1,89 @@
+"""Open loop: from the moment an event is due to the first byte of its delivery at the receiver, the INSERT's own COMMIT included.
+
+`after commit` counts from the database's acknowledgement instead: what the dispatcher adds. (It can be close to 0: a notification and the
+acknowledgement leave the server together.)
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from bench.histogram import Histogram
+from bench.lab import Cell, Lab, Mix
+from bench.producer import Stream
+from bench.report import Report, Value
+from bench.scenario import Option, Sizes
+
+QUESTION = "how long from COMMIT to the first byte at the receiver: idle, at 1,000/s, at half of what it can do?"
+OPTIONS = (
+    Option("seconds", 15, 1, "of steady load per cell, after a fifth of that to warm up"),
+    Option("endpoints", 100, 20, "webhooks"),
+    Option("capacity", 0, 2_000, "deliveries per second it can do; 0: measure that first"),
+    Option("calibration", 60_000, 1_000, "events for measuring that"),
+)
+IDLE_RATE: Final = 8.0  # far apart enough to fall asleep in between
+WARM_UP: Final = 0.2
+BATCHES_PER_S: Final = 500.0  # at high rates events share a transaction: what is measured is not INSERT
+
+
+async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
+    """Three cells, the third at half of what a drain shows (the INSERTs share the machine)."""
+    seconds, endpoints = sizes["seconds"], sizes["endpoints"]
+    capacity = sizes["capacity"] or await _capacity(lab, report, sizes["calibration"], endpoints)
+    for name, rate in (("idle", IDLE_RATE), ("1,000/s", 1000.0), (f"half of capacity, {capacity / 2:,.0f}/s", capacity / 2)):
+        batch = max(1, round(rate / BATCHES_PER_S)) if rate > 1000 else 1
+        values = await loaded(lab, report, name, rate=rate, seconds=seconds, endpoints=endpoints, batch=batch)
+        if rate == IDLE_RATE:
+            report.bar("idle: p50 ms", _number(values["p50 ms"]), at_most=0.9)
+            report.bar("idle: p99 ms", _number(values["p99 ms"]), at_most=2.5)
+
+
+async def loaded(
+    lab: Lab, report: Report, name: str, *, rate: float, seconds: float, endpoints: int, batch: int = 1
+) -> dict[str, Value]:
+    """Measure one cell of open load, add its row and return it."""
+    warm = max(1, int(rate * seconds * WARM_UP))
+    events = warm + max(10, int(rate * seconds))
+    async with lab.cell(name, events=events, endpoints=endpoints, tick_s=min(1.0, seconds / 10)) as cell:
+        await cell.daemon.start()
+        await cell.daemon.ready()
+        late = await cell.produce(Stream(first=0, count=events, rate=rate, groups=endpoints, batch=batch))
+        await cell.arrived(events)
+        values = {**_latencies(cell, report, name, range(warm, events)), "sent late p99 ms": late.ms(0.99), **_cost(cell, warm)}
+        await cell.until_logged(events)
+        await cell.close_books(report)
+    report.row(name, values)
+    return values
+
+
+def _latencies(cell: Cell, report: Report, name: str, events: range) -> dict[str, Value]:
+    added = Histogram(cell.ledger.latencies_ns(events, since="acked"))
+    return {
+        **report.latencies(name, Histogram(cell.ledger.latencies_ns(events))),
+        "after commit p50 ms": added.ms(0.5),
+        "p99 ms after commit": added.ms(0.99),
+    }
+
+
+def _cost(cell: Cell, warm: int) -> dict[str, Value]:
+    """CPU for each event between the end of the warm-up and the last event."""
+    ledger = cell.ledger
+    usage = cell.meter.since(ledger.due[warm], ledger.acked[ledger.events - 1])
+    return {"per second": usage.rate, **usage.per(usage.requests), "RSS MB": cell.meter.rss_max_mb}
+
+
+async def _capacity(lab: Lab, report: Report, events: int, endpoints: int) -> float:
+    name = "calibration"
+    async with lab.cell(name, events=events, endpoints=endpoints) as cell:
+        await cell.fill(range(events), Mix(groups=endpoints))
+        await cell.daemon.start()
+        await cell.arrived(events)
+        rate = cell.meter.steady().rate
+        await cell.until_logged(events)
+        await cell.close_books(report)
+    report.note(f"a drain of {events:,} events went at {rate:,.0f}/s")
+    return rate
+
+
+def _number(value: Value) -> float | None:
+    return value if isinstance(value, int | float) else None

@@ -1,0 +1,90 @@
+"""What the outbox's trigger costs those who write: events per second with no trigger, with ours, and with one that always notifies.
+
+Each writer is a session that inserts and commits in a loop inside the server, so that no client's speed is measured and the
+commits meet as hard as they can. A daemon runs in every cell and nobody subscribes, so what differs is the wake-up alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+import asyncpg
+
+from bench.lab import Cell, Lab
+from bench.producer import DATA
+from bench.report import Report
+from bench.scenario import Option, Sizes
+
+QUESTION = "what does waking the dispatcher cost the applications that write?"
+OPTIONS = (
+    Option("seconds", 5, 1, "per cell"),
+    Option("rounds", 2, 1, "turns of each kind, pooled"),
+    Option("writers", 32, 8, "at most; also 1 and a quarter of it"),
+)
+WRITE: Final = f"""
+    CREATE PROCEDURE bench_write(until timestamptz, INOUT written bigint) LANGUAGE plpgsql AS $write$
+    BEGIN
+        WHILE clock_timestamp() < until LOOP
+            INSERT INTO dispatcher.outbox (type, data) VALUES ('bench.nobody', '{DATA.replace("'", "''")}');
+            COMMIT;
+            written := written + 1;
+        END LOOP;
+    END $write$"""
+KINDS: Final = {
+    "no trigger": "ALTER TABLE dispatcher.outbox DISABLE TRIGGER wake",
+    "ours": "SELECT",
+    "always notify": """
+        CREATE OR REPLACE FUNCTION dispatcher.wake() RETURNS trigger LANGUAGE plpgsql AS
+        $wake$ BEGIN PERFORM pg_notify('dispatcher_wake', ''); RETURN NULL; END $wake$""",
+}
+
+
+async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
+    """Every kind with every number of writers, in turns."""
+    many = sizes["writers"]
+    counts = sorted({1, max(1, many // 4), many})
+    seconds, rounds = sizes["seconds"], sizes["rounds"]
+    written: dict[tuple[str, int], int] = dict.fromkeys(((kind, n) for kind in KINDS for n in counts), 0)
+    for _ in range(rounds):
+        for kind in KINDS:
+            async with lab.cell(kind, events=1, endpoints=0) as cell:
+                await cell.connection.execute(WRITE)
+                await cell.connection.execute(KINDS[kind])
+                await cell.daemon.start()
+                await cell.daemon.ready()
+                for writers in counts:
+                    written[kind, writers] += await _write(cell, report, writers, seconds)
+    rates = {key: count / (seconds * rounds) for key, count in written.items()}
+    for kind in KINDS:
+        report.row(kind, {f"{n} writers, events/s": rates[kind, n] for n in counts})
+    for kind in ("ours", "always notify"):
+        shares = {n: rates[kind, n] / max(rates["no trigger", n], 1e-6) for n in counts}
+        report.row(f"{kind}, of no trigger", {f"{n} writers, events/s": share for n, share in shares.items()})
+        if kind == "ours":
+            report.bar(f"ours at {many} writers, in proportion to no trigger", shares[many], at_least=0.85)
+
+
+async def _write(cell: Cell, report: Report, writers: int, seconds: float) -> int:
+    """Let them write; return how many events they committed, which must be how many there are more than before."""
+    connections = await asyncio.gather(*(asyncpg.connect(cell.dsn) for _ in range(writers)))
+    try:
+        before = await _count(cell)
+        with cell.lab.watch.over(f"{cell.name}: {writers} writers", 1):
+            found = await asyncio.gather(*(_call(connection, seconds) for connection in connections))
+        total = sum(found)
+        if (rows := await _count(cell) - before) != total:
+            report.void(cell.name, f"{total:,} events were committed by {writers} writers, the outbox holds {rows:,}")
+        return total
+    finally:
+        await asyncio.gather(*(connection.close() for connection in connections))
+
+
+async def _call(connection: Any, seconds: float) -> int:
+    # A procedure commits only when called outside of a transaction, and without parameters.
+    row = await connection.fetchrow(f"CALL bench_write(clock_timestamp() + interval '{seconds} s', 0)")
+    return int(row[0])
+
+
+async def _count(cell: Cell) -> int:
+    return int(await cell.connection.fetchval("SELECT count(*) FROM dispatcher.outbox"))
