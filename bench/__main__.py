@@ -28,12 +28,18 @@ def parser(scenarios: dict[str, Scenario]) -> argparse.ArgumentParser:
     """The command line: what is common, and each scenario's sizes."""
     common = argparse.ArgumentParser(add_help=False)
     where = common.add_argument_group("where")
-    where.add_argument("--dsn", default="", help="a PostgreSQL to use: postgresql://user@host/db; may create databases there")
-    where.add_argument("--postgres-bin", type=Path, help="bin directory of the PostgreSQL to start; else the embedded one")
+    where.add_argument(
+        "--dsn", default="", help="a PostgreSQL to use: postgresql://user@host/db; may create databases there"
+    )
+    where.add_argument(
+        "--postgres-bin", type=Path, help="bin directory of the PostgreSQL to start; else the embedded one"
+    )
     where.add_argument("--directory", type=Path, help="where its data goes for the time being: a real disk [/var/tmp]")
     where.add_argument("--results", type=Path, help=f"where JSON and SVG go [{RESULTS}; smoke: nowhere]")
     common.add_argument("--seed", type=int, default=1, help="of the producers' jitter [1]")
-    common.add_argument("--strict", action="store_true", help="exit 1 when a bar is missed, not only when a run is void")
+    common.add_argument(
+        "--strict", action="store_true", help="exit 1 when a bar is missed, not only when a run is void"
+    )
     common.add_argument("--quiet", action="store_true", help="no progress bar")
     top = argparse.ArgumentParser(
         prog="python -m bench",
@@ -41,18 +47,24 @@ def parser(scenarios: dict[str, Scenario]) -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="SCENARIO")
     for scenario in scenarios.values():
-        one = commands.add_parser(scenario.name, parents=[common], help=scenario.question, description=scenario.question)
+        one = commands.add_parser(
+            scenario.name, parents=[common], help=scenario.question, description=scenario.question
+        )
         for option in scenario.options:
             kind = type(option.default)
-            one.add_argument(f"--{option.name}", type=kind, default=option.default, help=f"{option.help} [{option.default}]")
+            one.add_argument(
+                f"--{option.name}", type=kind, default=option.default, help=f"{option.help} [{option.default}]"
+            )
     commands.add_parser("all", parents=[common], help="every scenario but peers, at its full size")
-    smoke = commands.add_parser("smoke", parents=[common], help="every scenario in seconds: does it work? The figures mean nothing")
+    smoke = commands.add_parser(
+        "smoke", parents=[common], help="every scenario in seconds: does it work? The figures mean nothing"
+    )
     smoke.add_argument("--only", nargs="+", choices=list(scenarios), help="these scenarios")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what was asked for; return the exit code: 0 done, 1 void (or, with --strict, a bar missed), 2 no run at all."""
+    """Run what was asked for; return 0: done, 1: void (or, with --strict, a bar missed), 2: no run at all."""
     scenarios = all_scenarios()
     options = parser(scenarios).parse_args(arguments)
     smoke = options.command == "smoke"
@@ -60,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "all":
             chosen = [s for s in scenarios.values() if s.name not in LEFT_OUT_OF_ALL]
         case "smoke":
-            chosen = [scenarios[name] for name in options.only or scenarios if name not in LEFT_OUT_OF_ALL or options.only]
+            chosen = [
+                scenarios[name] for name in options.only or scenarios if name not in LEFT_OUT_OF_ALL or options.only
+            ]
         case name:
             chosen = [scenarios[name]]
     plans = [(s, _sizes(s, options, smoke=smoke)) for s in chosen]
@@ -109,8 +123,8 @@ def _introduce(console: Console, lab: Lab, *, smoke: bool) -> None:
     here = around["machine"]
     console.print(f"{here['cpu']}, {here['cores']} cores, {here['kernel']}", highlight=False)
     console.print(
-        f"{here['python']}, uvloop {here['uvloop']}, asyncpg {here['asyncpg']}, PostgreSQL {lab.versions['PostgreSQL']}, "
-        f"dispatcher {here['dispatcher']} at {here['git']}",
+        f"{here['python']}, uvloop {here['uvloop']}, asyncpg {here['asyncpg']}, "
+        f"PostgreSQL {lab.versions['PostgreSQL']}, dispatcher {here['dispatcher']} at {here['git']}",
         highlight=False,
     )
     micro = lab.ceiling["µs"]

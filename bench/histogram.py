@@ -1,7 +1,8 @@
-"""Durations in buckets whose width grows with the value: 1.6 % wide at most, from a nanosecond up, in a few hundred integers.
+"""Durations in buckets whose width grows with the value: 1.6 % wide at most, from a nanosecond up, in a few hundred
+integers.
 
-Runs are pooled by adding buckets. A quantile is read from the pooled histogram and is never the average of other quantiles:
-the mean of ten p99s says nothing about the slowest hundredth of what happened.
+Runs are pooled by adding buckets. A quantile is read from the pooled histogram and is never the average of other
+quantiles: the mean of ten p99s says nothing about the slowest hundredth of what happened.
 
 Source: the bucket layout of HdrHistogram (G. Tene), with 64 steps to each power of two.
 """

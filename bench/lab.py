@@ -1,8 +1,8 @@
 """The experiment's apparatus: PostgreSQL, the daemon, the receiver and the producer, each a process of its own.
 
-A `Lab` lasts for the whole command and owns PostgreSQL and receiver. A `Cell` is one measured run: a fresh database, a fresh
-ledger, webhooks, a daemon with a configuration file, and books that are closed at the end. PostgreSQL is a durable one (fsync
-on, default settings) on a real disk; the daemon is `dispatcher run`, as anybody starts it.
+A `Lab` lasts for the whole command and owns PostgreSQL and receiver. A `Cell` is one measured run: a fresh database,
+a fresh ledger, webhooks, a daemon with a configuration file, and books that are closed at the end. PostgreSQL is a
+durable one (fsync on, default settings) on a real disk; the daemon is `dispatcher run`, as anybody starts it.
 
 Every process this starts is ended by this, by its id, whatever happens.
 """
@@ -56,7 +56,7 @@ from dispatcher.store.endpoints import EndpointChange, EndpointStore
 START_S: Final = 60.0
 STOP_S: Final = 60.0
 FILL_EVENTS: Final = 5_000  # per round trip, for the progress bar
-SECRET: Final = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105  a published test vector
+SECRET: Final = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 DISPATCHER: Final = (sys.executable, "-c", "from dispatcher.cli.operator import main; main()")
 STEADY: Final = (0.1, 0.9)  # of all deliveries: between these a drain is neither starting nor ending
 STREAM_BYTES_MAX: Final = 1 << 24
@@ -76,7 +76,7 @@ class Broken(Exception):
     """The apparatus did not do its part: there is no run to judge."""
 
 
-# ── processes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── processes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Process:
@@ -129,6 +129,7 @@ class Daemon:
     def __init__(self, config: Path, metrics: str, log: Path) -> None:
         self.config, self.metrics, self.log = config, metrics, log
         self._process: asyncio.subprocess.Process | None = None
+        self._asked = False  # to end
 
     @property
     def pid(self) -> int | None:
@@ -136,20 +137,42 @@ class Daemon:
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
 
+    def check(self) -> None:
+        """Raise Broken with the end of its log if it has ended by itself."""
+        process = self._process
+        if process is not None and process.returncode is not None and not self._asked:
+            raise Broken(f"the daemon ended with {process.returncode}:\n{self.complaints}")
+
+    @property
+    def complaints(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace")[-3000:]
+
     async def start(self) -> None:
         """Start it; `ready` waits until it works."""
+        self._asked = False
         environment = {key: value for key, value in os.environ.items() if not key.startswith("DISPATCHER_")}
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *DISPATCHER, "run", "--config", str(self.config), stdout=log, stderr=log, env=environment, cwd=machine.ROOT
+                *DISPATCHER,
+                "run",
+                "--config",
+                str(self.config),
+                stdout=log,
+                stderr=log,
+                env=environment,
+                cwd=machine.ROOT,
             )
 
     async def ready(self) -> None:
         """Wait until it is active. Raises Broken with the end of its log."""
         deadline = time.monotonic() + START_S
-        while "200" not in (answer := await _get(self.metrics, "/readyz")).partition("\r\n")[0] or "active" not in answer:
-            if self.pid is None or time.monotonic() > deadline:
-                raise Broken(f"the daemon did not get ready:\n{self.log.read_text(errors='replace')[-3000:]}")
+        while (
+            "200" not in (answer := await _get(self.metrics, "/readyz")).partition("\r\n")[0] or "active" not in answer
+        ):
+            self.check()
+            if time.monotonic() > deadline:
+                raise Broken(f"the daemon did not get ready:\n{self.complaints}")
             await asyncio.sleep(0.02)
 
     async def stop(self) -> int:
@@ -157,6 +180,7 @@ class Daemon:
         if self.pid is None:
             return 0
         assert self._process is not None
+        self._asked = True
         self._process.send_signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(STOP_S):
@@ -167,6 +191,7 @@ class Daemon:
 
     async def kill(self) -> None:
         """`kill -9`."""
+        self._asked = True
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self._process.wait()
@@ -195,7 +220,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-# ── what it costs ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what it costs ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -288,7 +313,9 @@ class Meter:
     def steady(self) -> Usage:
         """A drain without its beginning and end; all of it if it was too short for that."""
         total = self.samples[-1].distinct
-        inside = [s for s in self.samples if total * STEADY[0] <= s.distinct <= total * STEADY[1] and s.daemon_s is not None]
+        inside = [
+            s for s in self.samples if total * STEADY[0] <= s.distinct <= total * STEADY[1] and s.daemon_s is not None
+        ]
         if len(inside) < 2:
             inside = [sample for sample in self.samples if sample.daemon_s is not None]
         return between(inside[0], inside[-1])
@@ -314,12 +341,15 @@ def between(a: Sample, b: Sample) -> Usage:
     )
 
 
-# ── the lab ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the lab ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mix:
-    """Which group an event that is filled in goes to: all in turn, from `group` on; with `flood_every`, each such one to `flood`."""
+    """Which group an event that is filled in goes to.
+
+    All in turn, from `group` on; with `flood_every`, each such one to `flood` instead.
+    """
 
     groups: int = 1
     group: int = 0
@@ -363,7 +393,7 @@ class Lab:
         self.versions: dict[str, Any] = {}
         self.ceiling: dict[str, float | None] = {}
         self.postgres_pid: int | None = None
-        self.directory = directory or Path("/var/tmp" if Path("/var/tmp").is_dir() else tempfile.gettempdir())  # noqa: S108
+        self.directory = directory or Path("/var/tmp" if Path("/var/tmp").is_dir() else tempfile.gettempdir())
         self._dsn = dsn
         self._postgres_bin = postgres_bin
         self._stack = contextlib.AsyncExitStack()
@@ -383,7 +413,9 @@ class Lab:
 
     async def _open(self) -> Lab:
         stack = self._stack
-        self.state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dispatcher-bench-", dir=self.directory)))
+        self.state = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="dispatcher-bench-", dir=self.directory))
+        )
         memory = Path("/dev/shm")
         ledgers = tempfile.TemporaryDirectory(prefix="dispatcher-bench-", dir=memory if memory.is_dir() else None)
         self._ledgers = Path(stack.enter_context(ledgers))
@@ -416,7 +448,7 @@ class Lab:
         return f"127.0.0.1:{self._closed.getsockname()[1]}"
 
     async def measure_ceiling(self, seconds: float) -> None:
-        """What the receiver can take, into `ceiling`: requests per second and its CPU for each, before anything is judged by it."""
+        """What the receiver can take, into `ceiling`: requests per second, and its CPU for each."""
         await self.receiver.say(ledger=str(self._ledger_path()), events=1, fanout=1, behaviours=[])
         await self.receiver.hear()
         before = machine.cpu_s(self.receiver.pid)
@@ -448,9 +480,10 @@ class Lab:
     ) -> AsyncIterator[Cell]:
         """One run: database, ledger, webhooks and (not yet started) daemon.
 
-        Endpoint number e belongs to group e // fanout and receives the events of that group. Those of which `refused` is true have
-        a URL nobody listens at. `config` is the daemon's beyond what a loopback receiver needs; `webhook` are settings of all webhooks.
-        `tick_s` is how often CPU is read: that costs 2 ms, so seldom where milliseconds are measured.
+        Endpoint number e belongs to group e // fanout and receives the events of that group. Those of which `refused`
+        is true have a URL nobody listens at. `config` is the daemon's beyond what a loopback receiver needs; `webhook`
+        are settings of all webhooks. `tick_s` is how often CPU is read: that costs 2 ms, so seldom where milliseconds
+        are measured.
         """
         assert endpoints % fanout == 0, "groups are whole"
         number = next(self._numbers)
@@ -461,7 +494,15 @@ class Lab:
         directory = self.state / f"cell-{number}"
         directory.mkdir()
         ledger = Ledger(self._ledger_path(), events, fanout)
-        cell = Cell(self, name, dsn, ledger, directory, config or {}, tick_s or self.tick_s)
+        cell = Cell(
+            self,
+            name,
+            dsn=dsn,
+            ledger=ledger,
+            directory=directory,
+            config=config or {},
+            tick_s=tick_s or self.tick_s,
+        )
         try:
             await migrate(dsn)
             await cell.open(endpoints, behaviours, refused, webhook or {})
@@ -501,7 +542,7 @@ def _with_database(dsn: str, database: str) -> str:
     raise Broken("--dsn must be a URL: postgresql://user@host/database")
 
 
-# ── one run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one run ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Cell:
@@ -515,6 +556,7 @@ class Cell:
         self,
         lab: Lab,
         name: str,
+        *,
         dsn: str,
         ledger: Ledger,
         directory: Path,
@@ -567,7 +609,9 @@ class Cell:
         """Point the receiver at this cell's ledger."""
         ledger = self.ledger
         told = [dataclasses.asdict(each) for each in behaviours]
-        await self.lab.receiver.say(ledger=str(ledger.path), events=ledger.events, fanout=ledger.fanout, behaviours=told)
+        await self.lab.receiver.say(
+            ledger=str(ledger.path), events=ledger.events, fanout=ledger.fanout, behaviours=told
+        )
         await self.lab.receiver.hear()
 
     async def close(self) -> None:
@@ -584,7 +628,7 @@ class Cell:
     # ── load ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def fill(self, numbers: range, mix: Mix, *, rest: bool = True) -> None:
-        """Commit events, each in a transaction of its own, as fast as the database takes them; with `rest`, then a checkpoint."""
+        """Commit events, each in a transaction of its own, as fast as it goes; with `rest`, a checkpoint follows."""
         connection, ledger = self.connection, self.ledger
         await connection.execute("SET synchronous_commit = off")  # of this session: preparing is not what is measured
         with self.lab.watch.over(f"{self.name}: committing", len(numbers)) as step:
@@ -618,7 +662,7 @@ class Cell:
         return producer
 
     async def produce(self, *streams: Stream) -> Histogram:
-        """Commit events on schedule, to the end; return how late they went out. Cancelling it does not end the producer: the cell does."""
+        """Commit events on schedule, to the end; return how late they went out."""
         producer = await self.prepare(streams)
         total = sum(stream.count for stream in streams)
         seconds = max(stream.count / stream.rate for stream in streams)
@@ -631,9 +675,14 @@ class Cell:
         return Histogram.from_json(json.loads(telling.result())["late"])
 
     async def arrived(
-        self, deliveries: int, *, among: Callable[[], int] | None = None, patience_s: float = 30.0, every_s: float = 0.02
+        self,
+        deliveries: int,
+        *,
+        among: Callable[[], int] | None = None,
+        patience_s: float = 30.0,
+        every_s: float = 0.02,
     ) -> bool:
-        """Wait until so many deliveries have come (or `among` counts so many); False when none has come for `patience_s`."""
+        """Wait until so many deliveries have come (or `among` says so many); False when none came for `patience_s`."""
         count = among or (lambda: self.ledger.distinct)
         last, last_at = count(), time.monotonic()
         with self.lab.watch.over(f"{self.name}: delivering", deliveries) as step:
@@ -642,6 +691,7 @@ class Cell:
                     last, last_at = now, time.monotonic()
                 elif time.monotonic() - last_at > patience_s:
                     return False
+                self.daemon.check()
                 step(now)
                 await asyncio.sleep(every_s)
         self.meter.take()
@@ -667,7 +717,9 @@ class Cell:
     async def balance(self, events: Iterable[int] | None = None) -> Balance:
         """The books over these events, or all."""
         committed = await self.connection.fetchval(
-            "SELECT count(*) FROM dispatcher.outbox WHERE id >= $1 AND id <= $2", event_id(0), event_id(self.ledger.events - 1)
+            "SELECT count(*) FROM dispatcher.outbox WHERE id >= $1 AND id <= $2",
+            event_id(0),
+            event_id(self.ledger.events - 1),
         )
         return self.ledger.balance(range(self.ledger.events) if events is None else events, int(committed))
 
@@ -676,13 +728,14 @@ class Cell:
     ) -> Balance:
         """Stop the daemon and balance; the report is void if anything is wrong.
 
-        `logged`: every request that came must be on record as an attempt, no more and no less. `repeats`: duplicates are expected.
+        `logged`: every request that came must be on record as an attempt, no more and no less. `repeats`: duplicates
+        are expected.
         """
         await self.stop_daemon()
         balance = await self.balance(events)
         report.close_books(self.name, balance)
         if self.exit_code:
-            report.void(self.name, f"the daemon ended with {self.exit_code}:\n{self.daemon.log.read_text()[-2000:]}")
+            report.void(self.name, f"the daemon ended with {self.exit_code}:\n{self.daemon.complaints}")
         if logged and (attempts := await self.logged()) != self.ledger.requests:
             report.void(self.name, f"{self.ledger.requests:,} requests came, {attempts:,} attempts are on record")
         if balance.duplicates and not repeats:
@@ -690,7 +743,7 @@ class Cell:
         return balance
 
     async def unaccounted(self) -> int:
-        """Events before the persisted cursor of which the database knows no attempt and no pending row: lost, if there are any.
+        """Events before the persisted cursor of which there is neither attempt nor pending row: lost, if there are any.
 
         For endpoints that each get every event once (a fan-out of one), with the daemon stopped.
         """

@@ -2,16 +2,19 @@
 
 **Problem.** A benchmark that loses count proves nothing, and one that logs a line per request measures its own logging.
 
-**Rule.** Every event bears its number in its id, so an event and an endpoint name one cell of a table. The producer writes
-when the event was due and when its COMMIT was acknowledged; the receiver counts requests per cell and keeps the moment of the
-first byte of the first and of the last one. Both write plain integers into a file mapped by all: no messages, no parsing,
-nothing to collect afterwards, and it outlives a crash of either. All moments are CLOCK_MONOTONIC, one clock for every process.
+**Rule.** Every event bears its number in its id, so an event and an endpoint name one cell of a table. The producer
+writes when the event was due and when its COMMIT was acknowledged; the receiver counts requests per cell and keeps
+the moment of the first byte of the first and of the last one. Both write plain integers into a file mapped by all: no
+messages, no parsing, nothing to collect afterwards, and it outlives a crash of either. All moments are
+CLOCK_MONOTONIC, one clock for every process.
 
-**Invariant.** sent = received + missing, cell by cell; whatever else came is a duplicate (counted) or foreign (never sent).
-A run with anything missing or foreign, or whose database holds another number of events than were acknowledged, is void.
+**Invariant.** sent = received + missing, cell by cell; whatever else came is a duplicate (counted) or foreign (never
+sent). A run with anything missing or foreign, or whose database holds another number of events than were
+acknowledged, is void.
 
-**Layout**: 16 counters; `due` and `acked` per event; `first` and `last` per delivery (64 bits each); `count` per delivery (a byte).
-An event that goes to `fanout` endpoints has that many neighbouring cells: its group's endpoints are numbered without gaps.
+**Layout**: 16 counters; `due` and `acked` per event; `first` and `last` per delivery (64 bits each); `count` per
+delivery (a byte). An event that goes to `fanout` endpoints has that many neighbouring cells: its group's endpoints
+are numbered without gaps.
 """
 
 from __future__ import annotations
@@ -102,7 +105,7 @@ class Ledger:
         return [first[cell] - start[event] for event in events for cell in self.cells(event) if first[cell] != NEVER]
 
     def balance(self, events: Iterable[int], committed: int) -> Balance:
-        """Close the books over events of which every delivery should have come; `committed` is how many the database holds of all."""
+        """Close the books over events that had to arrive; `committed` is how many the database holds of all."""
         fanout, acked, count = self.fanout, self.acked, self.count
         sent = received = requests = 0
         for event in events:

@@ -35,7 +35,7 @@ def cpu_s(pid: int | None) -> float | None:
 
 
 def tree_cpu_s(pid: int | None) -> float | None:
-    """The same for a process, its children that live, and those it has buried: all of a PostgreSQL, given its postmaster."""
+    """The same with its children, living and buried: all of a PostgreSQL, given its postmaster."""
     fields = _stat(pid) if pid else None
     if fields is None or pid is None:
         return None
@@ -46,7 +46,7 @@ def tree_cpu_s(pid: int | None) -> float | None:
 def children(pid: int) -> list[int]:
     """The processes whose parent this is."""
     found = defaultdict(list)
-    for name in os.listdir("/proc"):
+    for name in (path.name for path in Path("/proc").iterdir()):
         if name.isdigit() and (fields := _stat(name)) is not None:
             found[int(fields[1])].append(int(name))
     return found[pid]

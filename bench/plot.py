@@ -1,4 +1,5 @@
-"""Plots as SVG, written by hand: latencies by quantile, columns, lines over time. Readable on light and dark grounds."""
+"""Plots as SVG, written by hand: latencies by quantile, columns, lines over time. Readable on light and dark
+grounds."""
 
 from __future__ import annotations
 
@@ -31,9 +32,10 @@ def quantiles(title: str, histograms: Mapping[str, Histogram]) -> str:
     marks = [(_stretched(q) / span, f"{q * 100:g} %") for q in (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999)]
     rows = [((e - low) / (high - low), f"{10.0**e:g}") for e in range(low, high + 1)]
     drawn = [
-        (label, [(x / span, (math.log10(y) - low) / (high - low)) for x, y in points]) for label, points in curves.items()
+        (label, [(x / span, (math.log10(y) - low) / (high - low)) for x, y in points])
+        for label, points in curves.items()
     ]
-    return _frame(title, marks, rows, "ms", _polylines(drawn), [label for label, _ in drawn])
+    return _frame(title, marks, rows, unit="ms", body=_polylines(drawn), legend=[label for label, _ in drawn])
 
 
 def _curve(histogram: Histogram) -> list[Point]:
@@ -61,7 +63,7 @@ def columns(title: str, values: Mapping[str, float], unit: str) -> str:
         f'height="{max(0.0, _y(0) - _y(value / top)):.1f}" fill="{COLOURS[0]}"/>'
         for n, value in enumerate(values.values())
     ]
-    return _frame(title, marks, rows, unit, body, [])
+    return _frame(title, marks, rows, unit=unit, body=body)
 
 
 def lines(title: str, series: Mapping[str, Sequence[Point]], *, x: str, y: str) -> str:
@@ -73,7 +75,7 @@ def lines(title: str, series: Mapping[str, Sequence[Point]], *, x: str, y: str) 
     last = max(at for at, _ in points) or 1.0
     marks = [(n / 5, f"{last * n / 5:.3g} {x}") for n in range(6)]
     drawn = [(label, [(at / last, value / top) for at, value in each]) for label, each in series.items()]
-    return _frame(title, marks, rows, y, _polylines(drawn), [label for label, _ in drawn])
+    return _frame(title, marks, rows, unit=y, body=_polylines(drawn), legend=[label for label, _ in drawn])
 
 
 def _linear(values: Sequence[float]) -> tuple[list[tuple[float, str]], float]:
@@ -106,13 +108,16 @@ def _frame(
     title: str,
     marks: Sequence[tuple[float, str]],
     rows: Sequence[tuple[float, str]],
+    *,
     unit: str,
     body: Sequence[str],
-    legend: Sequence[str],
+    legend: Sequence[str] = (),
 ) -> str:
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 18 * ((len(legend) + 1) // 2)}" '
-        f'font-family="system-ui, sans-serif" font-size="12" role="img">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 18 * ((len(legend) + 1) // 2)}" '
+            f'font-family="system-ui, sans-serif" font-size="12" role="img">'
+        ),
         f"<title>{escape(title)}</title>",
         _text(LEFT, 24, title, size=14),
         _text(LEFT - 8, TOP - 12, unit, anchor="end"),
@@ -131,4 +136,6 @@ def _frame(
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{TEXT}">{escape(text)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{TEXT}">{escape(text)}</text>'
+    )

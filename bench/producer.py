@@ -1,14 +1,16 @@
 """The application's side: a process of its own that commits events on a schedule, whatever becomes of them.
 
-**Open loop.** When an event is due is settled before the run begins, and its latency counts from that moment. A producer that
-waited for the system under test would slow down with it and hide its worst moments (coordinated omission, G. Tene).
+**Open loop.** When an event is due is settled before the run begins, and its latency counts from that moment. A
+producer that waited for the system under test would slow down with it and hide its worst moments (coordinated
+omission, G. Tene).
 
-**Pace.** Events loops sleep in whole milliseconds, which is more than what is measured here; so each stream has a thread that sleeps
-precisely (about 0.06 ms) and wakes the loop. Within its slot each event is due at random, so that no rhythm of ours meets one
-of the dispatcher's. How late the INSERTs really went out is reported: a late producer voids nothing, since lateness counts as latency.
+**Pace.** Events loops sleep in whole milliseconds, which is more than what is measured here; so each stream has a
+thread that sleeps precisely (about 0.06 ms) and wakes the loop. Within its slot each event is due at random, so that
+no rhythm of ours meets one of the dispatcher's. How late the INSERTs really went out is reported: a late producer
+voids nothing, since lateness counts as latency.
 
-One JSON order comes on standard input: `dsn`, the ledger, and `streams`. `ready` is said when all connections are prepared; a second
-line starts it. The last line out says how late it was.
+One JSON order comes on standard input: `dsn`, the ledger, and `streams`. `ready` is said when all connections are
+prepared; a second line starts it. The last line out says how late it was.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ class Stream:
 class _Pace(threading.Thread):
     """Calls `fire` in the loop at each moment due."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, stream: Stream, start_ns: int, dice: random.Random, fire: Any) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, stream: Stream, start_ns: int, dice: random.Random, fire: Any
+    ) -> None:
         super().__init__(name="pace", daemon=True)
         self._loop, self._stream, self._start_ns, self._dice, self._fire = loop, stream, start_ns, dice, fire
 

@@ -1,4 +1,5 @@
-"""What a run says: rows for a table, bars that are met or missed, why it is void if it is, and everything as JSON and SVG."""
+"""What a run says: rows for a table, bars that are met or missed, why it is void if it is, and everything as JSON and
+SVG."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ DASH: Final = "–"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure and what it has to be. Ratios within one run travel between machines; absolute ones are of a two-core machine."""
+    """A figure and what it has to be. Ratios travel between machines; absolute figures are of a two-core machine."""
 
     what: str
     value: float | None
@@ -172,17 +173,18 @@ class Report:
             return plot.lines(title, self.series, x="s", y=self._series_unit())
         if self.histograms:
             return plot.quantiles(title, self.histograms)
-        rates = {cell: float(value) for cell, values in self.rows for value in list(values.values())[:1] if _is_number(value)}
+        rates = {
+            cell: value
+            for cell, values in self.rows
+            for value in list(values.values())[:1]
+            if isinstance(value, int | float)
+        }
         unit = next((name for _, values in self.rows for name in values), "")
         return plot.columns(title, rates, unit) if rates else ""
 
     def _series_unit(self) -> str:
         label = next(iter(self.series))
         return label.rpartition(", ")[2] if ", " in label else ""
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
 
 
 def shown(value: Value) -> str:
@@ -217,7 +219,7 @@ class Watch:
     def over(self, what: str, total: float) -> Iterator[Callable[[float], None]]:
         """Watch one phase; call what is yielded with how far it is."""
         task = self._progress.add_task(what, total=total, now="")
-        began, self._progress_at = time.monotonic(), 0.0
+        began = time.monotonic()
 
         def step(done: float) -> None:
             elapsed_s = time.monotonic() - began

@@ -17,8 +17,8 @@ from bench.lab import Lab
 from bench.report import Report
 
 ORDER: Final = (
-    "transport", "throughput", "latency", "light", "isolation", "producers", "growth", "retries", "recovery", "memory", "soak",
-    "peers",
+    "transport", "throughput", "latency", "light", "isolation", "producers", "growth", "retries", "recovery", "memory",
+    "soak", "peers",
 )  # fmt: skip
 
 

@@ -28,16 +28,19 @@ from dispatcher.core.ids import DeliveryIds
 from dispatcher.embedded import EmbeddedPostgres
 from dispatcher.engine.engine import Engine, EngineSettings
 from dispatcher.engine.transport import Transport, TransportSettings
+from dispatcher.engine.trials import SingleShot, is_released
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, DispatcherError
 from dispatcher.logs import start_logging
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.database import check_schema, connect, migrate, open_pool, place, statements
+from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
+from dispatcher.store.replays import ReplayStore
 from dispatcher.store.vault import Vault, new_key
 from dispatcher.web.api import build_api_app
 from dispatcher.web.metrics import build_metrics_app
-from dispatcher.web.parts import Web
+from dispatcher.web.parts import Log, Send, Trial, Tried, Web
 from dispatcher.web.server import serve
 
 EMBEDDED_DIRECTORY: Final = "postgres"
@@ -186,6 +189,20 @@ def _defaults(config: Config) -> EndpointDefaults:
     )
 
 
+def sender(shot: SingleShot) -> Send:
+    """How trials are sent: by the engine's transport, which the API itself knows nothing of."""
+
+    async def send(trial: Trial) -> Tried:
+        attempt, fields, body = await shot.send(
+            trial.endpoint, trial.payload, trial.style, trial.delivery_id, by_previous=trial.by_previous
+        )
+        if is_released(attempt):
+            return Tried(attempt=None, fields=fields, body=body, reason=attempt.error or "released")
+        return Tried(attempt=attempt, fields=fields, body=body)
+
+    return send
+
+
 def tune() -> None:
     """Settings of this process that were measured to matter."""
     # glibc maps and unmaps each of the loop's 256 KiB read buffers until a larger block was freed once: 50 → 21 µs a
@@ -242,13 +259,8 @@ async def run(
         ),
         guard=guard,
     )
-    engine = Engine(
-        _engine_settings(config),
-        transport=transport,
-        guard=guard,
-        vault=vault,
-        ids=DeliveryIds(bytes.fromhex(settings["delivery_id_key"])),
-    )
+    ids = DeliveryIds(bytes.fromhex(settings["delivery_id_key"]))
+    engine = Engine(_engine_settings(config), transport=transport, guard=guard, vault=vault, ids=ids)
     pool = await open_pool(config.database.dsn, size=config.database.pool_size)
     accounts = AccountStore(pool, config.brand.key_prefix)
     async with contextlib.AsyncExitStack() as stack:
@@ -262,7 +274,10 @@ async def run(
             defaults=_defaults(config),
             snapshot=engine.snapshot,
             header_prefix=config.brand.header_prefix,
+            user_agent=config.brand.user_agent,
         )
+        shot = SingleShot(transport, lambda: web.guard, user_agent=web.user_agent, header_prefix=web.header_prefix)
+        web.log = Log(deliveries=DeliveryStore(pool), replays=ReplayStore(pool), ids=ids, send=sender(shot))
         api = await serve(build_api_app(web), config.server.listen, key="[server] listen")
         stack.push_async_callback(api.cleanup)
         if config.metrics.listen:

@@ -1,4 +1,5 @@
-"""Does age slow it down? The same drain on an empty database, behind years of history, beside waiting deliveries, and as a large backlog."""
+"""Does age slow it down? The same drain on an empty database, behind years of history, beside waiting deliveries, and
+as a large backlog."""
 
 from __future__ import annotations
 
@@ -17,17 +18,19 @@ OPTIONS = (
     Option("endpoints", 100, 20, "webhooks"),
 )
 ATTEMPTS: Final = """
-    INSERT INTO dispatcher.attempt (at, event_seq, event_xid, endpoint_id, generation, attempt, state, result, status, duration_us)
+    INSERT INTO dispatcher.attempt (at, event_seq, event_xid, endpoint_id, generation, attempt, state, result, status,
+                                    duration_us)
     SELECT now(), seq, xid, 1, 0, 1, 'delivered', '2xx', 200, 1000 FROM dispatcher.outbox
 """
 PENDING: Final = """
     INSERT INTO dispatcher.pending (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)
     SELECT (SELECT min(id) FROM dispatcher.endpoint), n, 0, '1', now(), 'retrying', 1,
            now() + interval '1 day' + n * interval '1 millisecond'
-    FROM generate_series(nextval('dispatcher.outbox_seq') + 1, nextval('dispatcher.outbox_seq') + $1) n
+    FROM generate_series(1, $1::bigint) n
 """
 SKIP: Final = """
-    UPDATE dispatcher.shard SET prev = pg_current_snapshot(), prev_at = clock_timestamp(), cur = NULL, at_xid = '0', at_seq = 0
+    UPDATE dispatcher.shard
+    SET prev = pg_current_snapshot(), prev_at = clock_timestamp(), cur = NULL, at_xid = '0', at_seq = 0
 """
 RSS_MAX_MB: Final = 400.0  # two queues of 20,000 deliveries, pages, and as much again
 
@@ -66,6 +69,7 @@ async def _age(cell: Cell, kind: str, count: int) -> None:
             await connection.execute(SKIP)
         elif kind == "pending":
             await connection.execute(PENDING, count, timeout=None)
+            await connection.execute("SELECT setval('dispatcher.outbox_seq', $1)", count)
         await connection.execute("VACUUM ANALYZE")
 
 

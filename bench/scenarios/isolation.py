@@ -1,7 +1,8 @@
 """One bad subscriber must not be anybody else's problem, with no setting changed.
 
-Of a thousand webhooks a tenth hangs, a tenth refuses connections, a tenth answers 500, and one gets more than it can take. Measured are the
-others, against the same load on a thousand healthy ones; the two kinds of run take turns, and the turns are pooled.
+Of a thousand webhooks a tenth hangs, a tenth refuses connections, a tenth answers 500, and one gets more than it can
+take. Measured are the others, against the same load on a thousand healthy ones; the two kinds of run take turns, and
+the turns are pooled.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ async def _load(lab: Lab, report: Report, crowd: Crowd, sizes: Sizes) -> None:
     seconds, rate = sizes["seconds"] * (1 + WARM_UP), sizes["rate"]
     main = Stream(first=0, count=int(rate * seconds), rate=rate, group=crowd.healthy.start, groups=healthy)
     other_rate = rate * ill / healthy
-    others = Stream(first=main.count, count=int(other_rate * seconds), rate=other_rate, group=0, groups=ill, connections=2)
+    others = Stream(
+        first=main.count, count=int(other_rate * seconds), rate=other_rate, group=0, groups=ill, connections=2
+    )
     flood = Stream(
         first=main.count + others.count,
         count=int(sizes["flood"] * seconds),

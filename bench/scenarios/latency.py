@@ -1,7 +1,8 @@
-"""Open loop: from the moment an event is due to the first byte of its delivery at the receiver, the INSERT's own COMMIT included.
+"""Open loop: from the moment an event is due to the first byte of its delivery at the receiver, the INSERT's own
+COMMIT included.
 
-`after commit` counts from the database's acknowledgement instead: what the dispatcher adds. (It can be close to 0: a notification and the
-acknowledgement leave the server together.)
+`after commit` counts from the database's acknowledgement instead: what the dispatcher adds. (It can be close to 0: a
+notification and the acknowledgement leave the server together.)
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
     """Three cells, the third at half of what a drain shows (the INSERTs share the machine)."""
     seconds, endpoints = sizes["seconds"], sizes["endpoints"]
     capacity = sizes["capacity"] or await _capacity(lab, report, sizes["calibration"], endpoints)
-    for name, rate in (("idle", IDLE_RATE), ("1,000/s", 1000.0), (f"half of capacity, {capacity / 2:,.0f}/s", capacity / 2)):
+    for name, rate in (
+        ("idle", IDLE_RATE),
+        ("1,000/s", 1000.0),
+        (f"half of capacity, {capacity / 2:,.0f}/s", capacity / 2),
+    ):
         batch = max(1, round(rate / BATCHES_PER_S)) if rate > 1000 else 1
         values = await loaded(lab, report, name, rate=rate, seconds=seconds, endpoints=endpoints, batch=batch)
         if rate == IDLE_RATE:
@@ -49,7 +54,11 @@ async def loaded(
         await cell.daemon.ready()
         late = await cell.produce(Stream(first=0, count=events, rate=rate, groups=endpoints, batch=batch))
         await cell.arrived(events)
-        values = {**_latencies(cell, report, name, range(warm, events)), "sent late p99 ms": late.ms(0.99), **_cost(cell, warm)}
+        values = {
+            **_latencies(cell, report, name, range(warm, events)),
+            "sent late p99 ms": late.ms(0.99),
+            **_cost(cell, warm),
+        }
         await cell.until_logged(events)
         await cell.close_books(report)
     report.row(name, values)

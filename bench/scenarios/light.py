@@ -1,4 +1,5 @@
-"""Light load: what most installations have most of the time. Latency, and CPU for each event, the INSERT's own included.
+"""Light load: what most installations have most of the time. Latency, and CPU for each event, the INSERT's own
+included.
 
 The same INSERTs without a daemon show what of it is the application's.
 """

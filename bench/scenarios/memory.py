@@ -1,4 +1,5 @@
-"""What it weighs: idle, with thousands of open connections, with a million waiting deliveries, and while a dead webhook is written to."""
+"""What it weighs: idle, with thousands of open connections, with a million waiting deliveries, and while a dead
+webhook is written to."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ REST_S: Final = 1.0
 PENDING: Final = """
     INSERT INTO dispatcher.pending (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)
     SELECT (SELECT min(id) FROM dispatcher.endpoint), n, 0, '1', now(), 'retrying', 1,
-           now() + CASE WHEN n % 2 = 0 THEN interval '2 minutes' + n % 500000 * interval '1 millisecond' ELSE interval '1 day' END
+           now() + CASE WHEN n % 2 = 0 THEN interval '2 minutes' + n % 500000 * interval '1 millisecond'
+                        ELSE interval '1 day' END
     FROM generate_series(1, $1::bigint) n
 """
 
@@ -101,7 +103,8 @@ async def _until_read(cell: Cell, events: int) -> None:
 async def _known(cell: Cell) -> int:
     return int(
         await cell.connection.fetchval(
-            "SELECT count(*) FROM (SELECT event_seq FROM dispatcher.pending UNION SELECT event_seq FROM dispatcher.attempt) AS t"
+            "SELECT count(*) FROM (SELECT event_seq FROM dispatcher.pending"
+            " UNION SELECT event_seq FROM dispatcher.attempt) AS t"
         )
     )
 

@@ -1,7 +1,9 @@
-"""What the outbox's trigger costs those who write: events per second with no trigger, with ours, and with one that always notifies.
+"""What the outbox's trigger costs those who write: events per second with no trigger, with ours, and with one that
+always notifies.
 
-Each writer is a session that inserts and commits in a loop inside the server, so that no client's speed is measured and the
-commits meet as hard as they can. A daemon runs in every cell and nobody subscribes, so what differs is the wake-up alone.
+Each writer is a session that inserts and commits in a loop inside the server, so that no client's speed is measured
+and the commits meet as hard as they can. A daemon runs in every cell and nobody subscribes, so what differs is the
+wake-up alone.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ QUESTION = "what does waking the dispatcher cost the applications that write?"
 OPTIONS = (
     Option("seconds", 5, 1, "per cell"),
     Option("rounds", 2, 1, "turns of each kind, pooled"),
-    Option("writers", 32, 8, "at most; also 1 and a quarter of it"),
+    Option("writers", 32, 2, "at most; also 1 and a quarter of it"),
 )
 WRITE: Final = f"""
     CREATE PROCEDURE bench_write(until timestamptz, INOUT written bigint) LANGUAGE plpgsql AS $write$

@@ -1,4 +1,5 @@
-"""`kill -9` under load: nothing may be lost, what comes twice is counted, and deliveries go on as soon as the next process runs."""
+"""`kill -9` under load: nothing may be lost, what comes twice is counted, and deliveries go on as soon as the next
+process runs."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
         await cell.daemon.start()
         await cell.daemon.ready()
         load = asyncio.create_task(
-            cell.produce(Stream(first=0, count=events, rate=rate, groups=endpoints, batch=max(1, rate // 500))), name="load"
+            cell.produce(Stream(first=0, count=events, rate=rate, groups=endpoints, batch=max(1, rate // 500))),
+            name="load",
         )
         restarts = []
         for _ in range(kills):
@@ -46,7 +48,13 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
     for number, delay_s in enumerate(delays, 1):
         report.row(f"kill {number}", {"start to first delivery s": delay_s})
     report.row(
-        "all", {"sent": balance.sent, "lost": balance.missing, "duplicates": balance.duplicates, "a kill": balance.duplicates / kills}
+        "all",
+        {
+            "sent": balance.sent,
+            "lost": balance.missing,
+            "duplicates": balance.duplicates,
+            "a kill": balance.duplicates / kills,
+        },
     )
     report.bar("lost", balance.missing, at_most=0)
 

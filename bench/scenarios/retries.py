@@ -1,6 +1,8 @@
-"""A storm of retries: thousands of deliveries fail in the same second and come due in the same second. First attempts must not notice.
+"""A storm of retries: thousands of deliveries fail in the same second and come due in the same second. First attempts
+must not notice.
 
-A calm stream runs all the time. Its latencies are compared: before the storm, and while the retries are due. A retry may never be early.
+A calm stream runs all the time. Its latencies are compared: before the storm, and while the retries are due. A retry
+may never be early.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
         await cell.until_logged(calm.count + 2 * retries)
         balance = await cell.close_books(report, repeats=True)
         if balance.duplicates != retries:
-            report.void(cell.name, f"{retries:,} retries were to come, {balance.duplicates:,} requests more than events came")
+            report.void(
+                cell.name, f"{retries:,} retries were to come, {balance.duplicates:,} requests more than events came"
+            )
         _judge(cell, report, storm, delay_s, (began_ns + int(SETTLED_S * SECOND_NS / 2), storm_ns))
 
 
@@ -66,14 +70,23 @@ def _judge(cell: Cell, report: Report, storm: range, delay_s: float, quiet_ns: t
     calm = range(storm.start)
     before = _during(cell, calm, quiet_ns)
     beside = _during(cell, calm, busy_ns)
-    report.row("first attempts before", {"deliveries": len(before), **report.latencies("first attempts before", before)})
-    report.row("first attempts beside the retries", {"deliveries": len(beside), **report.latencies("beside the retries", beside)})
+    report.row(
+        "first attempts before", {"deliveries": len(before), **report.latencies("first attempts before", before)}
+    )
+    report.row(
+        "first attempts beside the retries",
+        {"deliveries": len(beside), **report.latencies("beside the retries", beside)},
+    )
     late = Histogram(wait - int(delay_s * SECOND_NS) for wait in waits)
-    report.row("retries, behind their time", {"deliveries": len(waits), **report.latencies("retries, behind their time", late)})
+    report.row(
+        "retries, behind their time", {"deliveries": len(waits), **report.latencies("retries, behind their time", late)}
+    )
     report.note(f"the retries came within {(busy_ns[1] - busy_ns[0]) / 1e9:.2f} s; {early} were early")
     report.bar("early retries", early, at_most=0)
     if len(before) and len(beside):
-        report.bar("p99 of first attempts beside the retries, in proportion", beside.ms(0.99) / before.ms(0.99), at_most=1.5)
+        report.bar(
+            "p99 of first attempts beside the retries, in proportion", beside.ms(0.99) / before.ms(0.99), at_most=1.5
+        )
 
 
 def _during(cell: Cell, events: range, span_ns: tuple[int, int]) -> Histogram:

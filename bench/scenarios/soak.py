@@ -1,5 +1,5 @@
-"""Minutes of everything at once: subscribers that are well, slow, flaky, overloaded or silent, and a daemon that is killed, restarted
-and cut off from its database in turn. Whatever can be delivered must have been, in the end."""
+"""Minutes of everything at once: subscribers that are well, slow, flaky, overloaded or silent, and a daemon that is
+killed, restarted and cut off from its database in turn. Whatever can be delivered must have been, in the end."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from bench.scenario import Option, Sizes
 
 QUESTION = "after minutes of faults, has everything arrived, and did anything grow?"
 OPTIONS = (
-    Option("seconds", 600, 4, "of load"),
+    Option("seconds", 600, 3, "of load"),
     Option("every", 30, 1, "seconds between two faults"),
     Option("rate", 300, 200, "events per second"),
     Option("endpoints", 100, 20, "webhooks"),
+    Option("timeout", 5, 1, "seconds a request may take; a restart waits for what is out"),
     Option("patience", 90, 30, "seconds without a delivery before the rest counts as missing"),
 )
 INTERVALS: Final = 60  # of the plot
-CUT: Final = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name LIKE 'dispatcher %' AND datname = current_database()"  # fmt: skip  # noqa: E501
+CUT: Final = """
+    SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+    WHERE application_name LIKE 'dispatcher %' AND datname = current_database()
+"""
 
 
 async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
@@ -39,8 +43,13 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
         Behaviour(hangs=True, first=4 * fifth + fifth // 2, last=endpoints - 1),
     ]
     events = int(rate * seconds)
-    config = {"retry": {"schedule": ["2s", "5s", "10s"]}, "delivery": {"timeout_s": 5.0, "drain_s": 6.0}}
-    async with lab.cell("soak", events=events, endpoints=endpoints, behaviours=behaviours, config=config, tick_s=1.0) as cell:
+    config: dict[str, dict[str, object]] = {
+        "retry": {"schedule": ["1s", "5s", "10s"]},
+        "delivery": {"timeout_s": sizes["timeout"], "drain_s": sizes["timeout"] + 1},
+    }
+    async with lab.cell(
+        "soak", events=events, endpoints=endpoints, behaviours=behaviours, config=config, tick_s=1.0
+    ) as cell:
         await cell.daemon.start()
         await cell.daemon.ready()
         stream = Stream(first=0, count=events, rate=rate, groups=endpoints)
@@ -52,7 +61,10 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
         flaky = range(3 * fifth, 4 * fifth)
         done = [(n, 2 if stream.group_of(n) in flaky else 1) for n in mine]
         await cell.arrived(
-            len(mine), among=lambda: sum(count[n] >= least for n, least in done), patience_s=sizes["patience"], every_s=1.0
+            len(mine),
+            among=lambda: sum(count[n] >= least for n, least in done),
+            patience_s=sizes["patience"],
+            every_s=1.0,
         )
         balance = await cell.close_books(report, mine, logged=False, repeats=True)
         if lost := await cell.unaccounted():

@@ -1,7 +1,8 @@
 """Drain: events are committed while the daemon is down; it starts and delivers them all.
 
-The figure that counts is taken between 10 and 90 % of the deliveries, where nothing is starting or ending; the whole drain, from the
-first request to the last, stands beside it. With endpoints that take their time the limit is how many requests may be out at once.
+The figure that counts is taken between 10 and 90 % of the deliveries, where nothing is starting or ending; the whole
+drain, from the first request to the last, stands beside it. With endpoints that take their time the limit is how many
+requests may be out at once.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ def _judge(report: Report, name: str, values: dict[str, Any], endpoints: int, de
         slots = min(IN_FLIGHT_MAX, endpoints * CONCURRENCY_MAX)
         limit = slots / delay_s
         at_least = min(0.95 * limit, 30_000)
-        report.bar(f"{name}: deliveries/s ({slots:,} slots ÷ {delay_s:g} s = {limit:,.0f})", values["deliveries/s"], at_least=at_least)
+        report.bar(
+            f"{name}: deliveries/s ({slots:,} slots ÷ {delay_s:g} s = {limit:,.0f})",
+            values["deliveries/s"],
+            at_least=at_least,
+        )
         return
     report.bar(f"{name}: deliveries/s", values["deliveries/s"], at_least=30_000, stretch=40_000)
     report.bar(f"{name}: daemon CPU µs per delivery", values["daemon µs"], at_most=30)

@@ -11,7 +11,7 @@ import contextlib
 import ipaddress
 import json
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Final, Self
 from urllib.parse import quote, urlsplit
 
@@ -83,16 +83,43 @@ class Api:
         url = "/".join([self.url, *(quote(segment, safe="") for segment in path)])
         content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = {"Content-Type": "application/json", **(headers or {})} if content is not None else dict(headers or {})
-        try:
+        with self._mapped():
             # No redirect is followed: the key is for this server.
             async with self._session.request(
                 method, url, params=query or None, data=content, headers=given, allow_redirects=False
             ) as response:
                 return self._understood(response, await response.read())
+
+    async def stream(
+        self, *path: str, query: Mapping[str, str], headers: Mapping[str, str], silence_s: float
+    ) -> AsyncIterator[bytes | None]:
+        """What an answer without an end brings: None once it has begun, then block by block.
+
+        Raises Failure; also when nothing comes for `silence_s`.
+        """
+        assert self._session is not None, "the API is a context manager"
+        url = "/".join([self.url, *(quote(segment, safe="") for segment in path)])
+        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
+        given = {"Accept": "text/event-stream", **headers}
+        with self._mapped():
+            async with self._session.get(
+                url, params=query, headers=given, timeout=timeout, allow_redirects=False
+            ) as response:
+                if response.status != 200:
+                    self._understood(response, await response.read())
+                yield None
+                async for block in response.content.iter_any():
+                    yield block
+
+    @contextlib.contextmanager
+    def _mapped(self) -> Iterator[None]:
+        """Foreign exceptions as Failures."""
+        try:
+            yield
         except aiohttp.InvalidURL:
             raise Failure(f"{self.url!r} is no URL of an API", MISUSED) from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Failure(f"cannot reach {self.url}: {_reason(error)}", UNREACHABLE) from None
+            raise Failure(f"cannot reach {self.url}: {reason_of(error)}", UNREACHABLE) from None
         except ValueError as error:  # a key with a line break cannot stand in a header
             raise Failure(f"this cannot be sent: {error}", MISUSED) from None
 
@@ -147,7 +174,8 @@ def _told(response: aiohttp.ClientResponse, document: Any) -> str:
     return "\n".join(lines)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why there was no answer, in a few words."""
     if isinstance(error, asyncio.TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorError) and error.os_error is not None:

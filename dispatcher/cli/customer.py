@@ -13,6 +13,7 @@ import click
 
 from dispatcher import __version__
 from dispatcher.cli.events import events, trigger
+from dispatcher.cli.listen import listen
 from dispatcher.cli.output import (
     HELP,
     Program,
@@ -51,7 +52,7 @@ def main() -> None:
     """
 
 
-for room in (webhooks, events, trigger, sign, verify):
+for room in (webhooks, events, trigger, listen, sign, verify):
     main.add_command(room)
 
 

@@ -26,6 +26,7 @@ from dispatcher.telemetry import Snapshot, Telemetry
 
 WAKE: Final = "dispatcher_wake"
 REGISTRY: Final = "dispatcher_registry"
+PENDING: Final = "dispatcher_pending"  # somebody else wrote held rows for a webhook, or began a replay
 TRY_S: Final = (0.5, 1.0)
 HEARTBEAT_S: Final = 1.0
 
@@ -67,15 +68,19 @@ class Listener:
         self._dice = dice
         self.connection: Any = None
         self.on_wake: Callable[[str], None] = lambda channel: None
+        self.on_pending: Callable[[str], None] = lambda payload: None
 
     async def open(self) -> None:
         """Connect and listen. Raises DatabaseUnreachable."""
         self.connection = await connect(self._dsn, name="dispatcher listener", engine=True)
-        for channel in (WAKE, REGISTRY):
+        for channel in (WAKE, REGISTRY, PENDING):
             await self.connection.add_listener(channel, self._heard)
 
-    def _heard(self, _connection: object, _pid: int, channel: str, _payload: str) -> None:
-        self.on_wake(channel)
+    def _heard(self, _connection: object, _pid: int, channel: str, payload: str) -> None:
+        if channel == PENDING:
+            self.on_pending(payload)
+        else:
+            self.on_wake(channel)
 
     async def acquire(self, standby: Callable[[], None]) -> None:
         """Return once the lease is ours; until then beat as a standby. `standby` is told once, when somebody else has it."""

@@ -112,7 +112,7 @@ class Ledger:
         endpoint_id = delivery.subscriber.endpoint.id
         if attempt is None:
             row: tuple[Any, ...] = (
-                event.seq, event.xid, endpoint_id, delivery.generation, number, state, None, None, 0, error, None, None,
+                event.seq, event.xid, endpoint_id, delivery.generation, number, state, None, None, 0, _storable(error), None, None,
             )  # fmt: skip
         else:
             row = (

@@ -114,7 +114,7 @@ class Retries:
             self.hungry(subscriber)
         for key, due in committed.due:
             self._wait(key, due)
-        # it may have stopped because the ledger was full
+        self._deliverer.pump()  # it may have stopped because the ledger was full
 
     def hungry(self, subscriber: Subscriber) -> None:
         """A webhook with something held may be able to take more."""
@@ -188,7 +188,7 @@ class Retries:
 
     async def _fire(self) -> None:
         lanes = self._deliverer.lanes
-        while len(self._wheel):
+        while True:  # also while it is empty: its horizon moves with it
             room = min(FIRE_ROWS, lanes.retries_queued_max - lanes.retries_queued)
             if room <= 0 or self._ledger.full:
                 return

@@ -6,7 +6,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import msgspec
@@ -59,6 +59,7 @@ class EndpointRecord(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     created_at: datetime
     updated_at: datetime
+    previous_secret_expires_at: datetime | None = None  # a rotation under way: until then the old secret signs too
     failing_since: datetime | None = None
     last_error: str | None = None
 
@@ -156,6 +157,11 @@ class EndpointStore:
         row = await self._db.fetchrow(self._sql["get"], account_id, public_id)
         return None if row is None else EndpointSecret(self._vault.open(row["secret"], public_id))
 
+    async def endpoint(self, account_id: int, public_id: str, defaults: EndpointDefaults) -> Endpoint | None:
+        """One webhook of an account as the engine sees it, secrets included; None if it has no such."""
+        row = await self._db.fetchrow(self._sql["endpoint"], account_id, public_id)
+        return None if row is None else self._endpoint(row, defaults)
+
     async def list(
         self, account_id: int, *, limit: int, after: str | None = None, before: str | None = None
     ) -> list[EndpointRecord]:
@@ -176,6 +182,17 @@ class EndpointStore:
             self._sql["update"], account_id, public_id, change.url, change.description, change.events,
             sealed, *_settings(change), is_given, version,
         )  # fmt: skip
+        return None if row is None else _record(row)
+
+    async def rotate(
+        self, account_id: int, public_id: str, secret: str, grace: timedelta, *, version: int
+    ) -> EndpointRecord | None:
+        """Sign with `secret` from now on, and for a while with the one it replaces as well.
+
+        None if the webhook is gone or no longer in that version.
+        """
+        sealed = self._vault.seal(secret, public_id)
+        row = await self._db.fetchrow(self._sql["rotate"], account_id, public_id, sealed, grace, version)
         return None if row is None else _record(row)
 
     async def pause(self, account_id: int, public_id: str, *, version: int) -> EndpointRecord | None:
@@ -201,6 +218,10 @@ def _schedule(raw: str | None, defaults: EndpointDefaults) -> tuple[float, ...]:
         return defaults.schedule_s
     value = msgspec.json.decode(raw, type=str | list[float])
     return defaults.schedules[value] if isinstance(value, str) else tuple(value)
+
+
+def _still_to_come(at: datetime | None) -> datetime | None:
+    return at if at is not None and at > datetime.now(UTC) else None
 
 
 def _settings(change: EndpointChange) -> tuple[Any, ...]:
@@ -234,6 +255,7 @@ def _record(row: Any) -> EndpointRecord:
         version=row["version"],
         created_at=row["created_at"],
         updated_at=row["updated_at"],
+        previous_secret_expires_at=_still_to_come(row["previous_secret_expires_at"]),
         failing_since=row["failing_since"],
         last_error=row["last_error"],
     )

@@ -13,6 +13,7 @@ import msgspec
 from dispatcher.errors import DispatcherError
 from dispatcher.model import new_id
 from dispatcher.store.database import statements
+from dispatcher.store.tail import Tail
 
 ID_PREFIX: Final = "evt_"
 
@@ -78,6 +79,10 @@ class EventStore:
         first = await self.get(account, row["id"])
         # Retention may have dropped the first one's day already; its id and contents are known all the same.
         return first or EventRecord(id=row["id"], type=type, created_at=None, data=data), False
+
+    def tail(self) -> Tail:
+        """What follows the events of accounts live."""
+        return Tail(self._db)
 
     async def get(self, account: str, event_id: str) -> EventRecord | None:
         """One event of an account; None if it has no such, or no longer."""

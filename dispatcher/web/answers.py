@@ -76,7 +76,12 @@ def moment(at: datetime | None) -> str | None:
 
 def no_query(request: web.Request) -> None:
     """Refuse every parameter, since none has a meaning. Raises Problem."""
-    _check_names(request, ())
+    check_query(request)
+
+
+def check_query(request: web.Request, *known: str) -> None:
+    """Refuse parameters other than these, and any that is given twice. Raises Problem."""
+    _check_names(request, known)
 
 
 def wanted(request: web.Request, *filters: str) -> Wanted:

@@ -82,7 +82,8 @@ def reference(document: Json) -> str:
     info = document["info"]
     title = escape(info["title"])
     body = [
-        f'<header><h1>{title}</h1><p>Version {escape(info["version"])} · <a href="/openapi.json">OpenAPI document</a></p>',
+        f"<header><h1>{title}</h1><p>Version {escape(info['version'])} · ",
+        '<a href="/openapi.json">OpenAPI document</a></p>',
         *(f"<p>{_prose(paragraph)}</p>" for paragraph in info["description"].split("\n\n")),
         "</header>",
         *_calls(document),
@@ -91,9 +92,11 @@ def reference(document: Json) -> str:
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         f'<title>{title}</title><link rel="icon" href="data:,"><link rel="stylesheet" href="/docs.css"></head><body>'
-        f'<a class="skip" href="#content">Skip to content</a><nav aria-label="Contents">{"".join(_contents(document))}</nav>'
+        '<a class="skip" href="#content">Skip to content</a>'
+        f'<nav aria-label="Contents">{"".join(_contents(document))}</nav>'
         f'<main id="content">{"".join(body)}</main></body></html>'
     )
 
@@ -125,12 +128,15 @@ def _calls(document: Json) -> Iterator[str]:
 
 def _call(document: Json, method: str, path: str, call: Json) -> Iterator[str]:
     anchor = escape(call["operationId"])
-    yield f'<section id="{anchor}" aria-labelledby="{anchor}-title"><h3 id="{anchor}-title">{escape(call["summary"])}</h3>'
+    yield f'<section id="{anchor}" aria-labelledby="{anchor}-title">'
+    yield f'<h3 id="{anchor}-title">{escape(call["summary"])}</h3>'
     yield f'<p class="call">{_method(method)} <code>{escape(path)}</code></p>'
     if call["description"] != call["summary"] and call["description"].rstrip(".") != call["summary"]:
         yield from (f"<p>{_prose(text)}</p>" for text in call["description"].split("\n\n"))
     if call["parameters"]:
-        rows = ((p["name"], f"{p['in']}, {_words(document, p['schema'])}", p["description"]) for p in call["parameters"])
+        rows = (
+            (p["name"], f"{p['in']}, {_words(document, p['schema'])}", p["description"]) for p in call["parameters"]
+        )
         yield from _table("Parameters", ("Name", "Where and what", "Meaning"), rows)
     for media in call.get("requestBody", {}).get("content", {}).values():
         yield from _fields(document, "Body", media["schema"])
@@ -155,7 +161,8 @@ def _answers(document: Json, responses: Json) -> Iterator[str]:
 
 
 def _arrivals(document: Json) -> Iterator[str]:
-    yield '<h2 id="arrives">What arrives</h2><p>Each event is a POST to your URL. Answer 2xx at once and work later.</p>'
+    yield '<h2 id="arrives">What arrives</h2>'
+    yield "<p>Each event is a POST to your URL. Answer 2xx at once and work later.</p>"
     for place, (name, item) in enumerate(document["webhooks"].items()):
         call = item["post"]
         if place == 0:
@@ -231,7 +238,9 @@ def _word(document: Json, schema: Json, kind: str, depth: int) -> str:
         case "string":
             return {"date-time": "time"}.get(schema.get("format", ""), "text")
         case "integer" | "number":
-            bounds = [f"{word} {schema[key]}" for key, word in (("minimum", "from"), ("maximum", "to")) if key in schema]
+            bounds = [
+                f"{word} {schema[key]}" for key, word in (("minimum", "from"), ("maximum", "to")) if key in schema
+            ]
             return " ".join(["whole number" if kind == "integer" else "number", *bounds])
         case "boolean":
             return "true or false"
@@ -258,7 +267,8 @@ def _pretty(value: Any) -> str:
 
 
 def _example(caption: str, text: str) -> str:
-    return f'<figure><figcaption>{escape(caption)}</figcaption><pre tabindex="0"><code>{escape(text)}</code></pre></figure>'
+    body = f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{body}</figure>"
 
 
 def _prose(text: str) -> str:

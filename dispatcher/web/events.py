@@ -50,8 +50,8 @@ class EventAnswer(msgspec.Struct, kw_only=True):
 
 _KEY: Final = Parameter(
     KEY_HEADER,
-    "1 to 255 printable ASCII characters. Used again within 24 hours with the same type and data, the answer is the first "
-    "event; with others it is 409.",
+    "1 to 255 printable ASCII characters. Used again within 24 hours with the same type and data, the answer is the "
+    "first event; with others it is 409.",
     {"type": "string", "pattern": "^[ -~]{1,255}$"},
     place="header",
 )

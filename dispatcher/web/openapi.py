@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
@@ -81,13 +82,14 @@ class Parameter:
     place: str = "query"
 
 
+_CURSOR: Final[Json] = {"type": "string", "pattern": ID_PATTERN}
+_LIMIT: Final[Json] = {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMIT}
+
 PAGE: Final = (
-    Parameter(
-        "limit", "How many at most.", {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMIT}
-    ),
-    Parameter("after", "Go on behind this id, towards older ones: `next` of the page before.", {"type": "string", "pattern": ID_PATTERN}),
-    Parameter("before", "Go on before this id, towards newer ones.", {"type": "string", "pattern": ID_PATTERN}),
-)  # fmt: skip
+    Parameter("limit", "How many at most.", _LIMIT),
+    Parameter("after", "Go on behind this id, towards older ones: `next` of the page before.", _CURSOR),
+    Parameter("before", "Go on before this id, towards newer ones.", _CURSOR),
+)
 """What every list takes."""
 
 IF_MATCH: Final = Parameter("If-Match", 'Act only on this version: the value of `ETag`, like `"3"`.', place="header")
@@ -133,8 +135,8 @@ def operation(
 ) -> Callable[[Handler], Handler]:
     """Describe a handler; its docstring is the text, the first line the summary.
 
-    `answers` are the successful ones by status: a type, `PageOf` one, None for no body, or an `Answer`. `body` is the type
-    that `read_body` gets. `problems` are codes beyond those that every call of its kind has (see `problems_of`).
+    `answers` are the successful ones by status: a type, `PageOf` one, None for no body, or an `Answer`. `body` is the
+    type that `read_body` gets. `problems` are codes beyond those that every call of its kind has (see `problems_of`).
     `public` needs no key.
     """
     said = Operation(
@@ -223,7 +225,7 @@ def _operation(path: str, handler: Any, said: Operation, schemas: _Schemas) -> J
 
 def _path_parameters(path: str) -> Iterator[Json]:
     segments = path.split("/")
-    for before, segment in zip(segments, segments[1:], strict=False):
+    for before, segment in itertools.pairwise(segments):
         if segment.startswith("{"):
             yield {
                 "name": segment[1:-1],

@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from dispatcher.core.addresses import Guard
 from dispatcher.core.catalogue import Catalogue
+from dispatcher.core.ids import DeliveryIds
+from dispatcher.core.rendering import Payload
+from dispatcher.model import Attempt, BodyStyle, Endpoint
 from dispatcher.store.accounts import AccountStore
+from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
+from dispatcher.store.replays import ReplayStore
 from dispatcher.telemetry import Snapshot
 from dispatcher.web.auth import RateLimit
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One request to be sent now."""
+
+    endpoint: Endpoint
+    payload: Payload
+    style: BodyStyle
+    delivery_id: str
+    by_previous: bool = False  # X-Trackpost-Signature by the secret that is being replaced
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """What was sent, and what it came to. `attempt` is None when it could not be sent for a reason of ours."""
+
+    attempt: Attempt | None
+    fields: list[tuple[str, str]]
+    body: bytes
+    reason: str = ""
+
+
+Send = Callable[[Trial], Awaitable[Tried]]
+"""Sends one request by the way that all take. It never raises for an endpoint's sake."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """What became of events, and what makes it happen again."""
+
+    deliveries: DeliveryStore
+    replays: ReplayStore
+    ids: DeliveryIds
+    send: Send
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -25,5 +65,7 @@ class Web:
     catalogue: Catalogue
     defaults: EndpointDefaults
     snapshot: Callable[[], Snapshot]
+    log: Log | None = None  # None: no call about deliveries is served
     header_prefix: str = "X-Trackpost-"
+    user_agent: str = "TrackPost-Webhooks/1.0"
     rate_limit: RateLimit = dataclasses.field(default_factory=RateLimit)

@@ -14,6 +14,7 @@ nobody overwrites what they have not seen.
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from itertools import islice
 from typing import Annotated, Any, Final
 
@@ -28,6 +29,7 @@ from dispatcher.errors import AddressRefused
 from dispatcher.model import BodyStyle, EndpointStatus
 from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, EndpointRecord
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
+from dispatcher.web.asked import read_optional_body
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting, read_body
 from dispatcher.web.openapi import IF_MATCH, PAGE, Answer, PageOf, operation
@@ -39,6 +41,8 @@ WRONG_EVENTS_MAX: Final = 20  # named in one answer: finding the nearest name ta
 DESCRIPTION_MAX: Final = 1024
 SECRET_MAX: Final = 256
 SECRET_RANDOM_BYTES: Final = 32
+GRACE_S: Final = 86400.0  # the customary overlap of two secrets
+GRACE_MAX_S: Final = 30 * 86400
 CHANGE_TRIES: Final = 3  # a version is lost only to somebody who won it
 
 DEFAULT: Final = "default"  # the configured schedule, by name
@@ -112,6 +116,18 @@ class WebhookPatch(Settings, kw_only=True, forbid_unknown_fields=True):
     events: Annotated[Events | UnsetType, _EVENTS] = UNSET
 
 
+class Rotation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST …/rotate-secret: nothing of it is needed. A grace of 0 ends the old secret at once."""
+
+    secret: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=SECRET_MAX)] | UnsetType,
+        expecting(f"text of 1 to {SECRET_MAX} printable characters"),
+    ] = UNSET
+    grace_s: Annotated[
+        Annotated[float, Meta(ge=0, le=GRACE_MAX_S)], expecting(f"a number of seconds from 0 to {GRACE_MAX_S}")
+    ] = GRACE_S
+
+
 class WebhookAnswer(msgspec.Struct, kw_only=True):
     """A webhook as its owner reads it. `secret` is there only when it was just made."""
 
@@ -132,6 +148,7 @@ class WebhookAnswer(msgspec.Struct, kw_only=True):
     timeout_s: float
     created_at: str | None
     updated_at: str | None
+    previous_secret_expires_at: str | None  # a rotation under way: until then the old secret signs as well
     failing_since: str | None
     last_error: str | None
 
@@ -164,6 +181,7 @@ class Webhooks:
             web.post(f"{one}/pause", self.pause),
             web.post(f"{one}/resume", self.resume),
             web.get(f"{one}/secret", self.secret),
+            web.post(f"{one}/rotate-secret", self.rotate_secret),
         ]
 
     @operation(
@@ -268,6 +286,23 @@ class Webhooks:
             raise not_found("webhook")
         return answer(SecretAnswer(secret=found.current))
 
+    @operation("Webhooks", body=Rotation, parameters=[IF_MATCH], answers={200: _CHANGED}, problems=_CHANGE)
+    async def rotate_secret(self, request: web.Request) -> web.Response:
+        """Replace the secret; the old one signs on for a day, or for `grace_s`. The answer carries the new one."""
+        no_query(request)
+        body = await read_optional_body(request, Rotation, {"secret": _check_secret})
+        secret = body.secret
+        if isinstance(secret, UnsetType):
+            secret = new_secret(secrets.token_bytes(SECRET_RANDOM_BYTES))
+        grace = timedelta(seconds=body.grace_s)
+        for _ in range(CHANGE_TRIES):
+            current = await self._current(request)
+            account_id = caller(request).account_id
+            record = await self._web.endpoints.rotate(account_id, current.id, secret, grace, version=current.version)
+            if record is not None:
+                return self._answer(record, secret=secret)
+        raise _contended()
+
     async def _current(self, request: web.Request) -> EndpointRecord:
         """The webhook of the path, if it is the caller's (else 404) and what If-Match names (else 412)."""
         record = await self._web.endpoints.get(caller(request).account_id, request.match_info["id"])
@@ -365,6 +400,7 @@ def shown(record: EndpointRecord, defaults: EndpointDefaults, secret: str | Unse
         timeout_s=record.timeout_s or defaults.timeout_s,
         created_at=moment(record.created_at),
         updated_at=moment(record.updated_at),
+        previous_secret_expires_at=moment(record.previous_secret_expires_at),
         failing_since=moment(record.failing_since),
         last_error=record.last_error,
     )

@@ -31,6 +31,10 @@ RETURNING *, NULL::timestamptz AS failing_since, NULL::text AS last_error;
 SELECT e.*, h.failing_since, h.last_error FROM dispatcher.endpoint e LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = e.id
 WHERE e.public_id = $2 AND e.account_id = $1;
 
+-- name: endpoint
+SELECT e.*, a.name AS account FROM dispatcher.endpoint e JOIN dispatcher.account a ON a.id = e.account_id
+WHERE e.public_id = $2 AND e.account_id = $1;
+
 -- name: list_after
 SELECT e.*, h.failing_since, h.last_error FROM dispatcher.endpoint e LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = e.id
 WHERE e.account_id = $1 AND e.public_id < $2 COLLATE "C" ORDER BY e.public_id DESC LIMIT $3;
@@ -50,6 +54,17 @@ WITH changed AS (
            previous_secret = CASE WHEN NOT $14 THEN previous_secret END,
            previous_secret_expires_at = CASE WHEN NOT $14 THEN previous_secret_expires_at END
     WHERE account_id = $1 AND public_id = $2 AND version = $15
+    RETURNING *
+)
+SELECT e.*, h.failing_since, h.last_error FROM changed e LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = e.id;
+
+-- name: rotate
+-- What is replaced signs on for $4; what that one had replaced does not. An unsigned webhook begins to be signed at once.
+WITH changed AS (
+    UPDATE dispatcher.endpoint SET secret = $3, updated_at = now(), version = version + 1,
+           previous_secret = CASE WHEN $4::interval > interval '0' THEN secret END,
+           previous_secret_expires_at = CASE WHEN $4 > interval '0' AND secret IS NOT NULL THEN now() + $4 END
+    WHERE account_id = $1 AND public_id = $2 AND version = $5
     RETURNING *
 )
 SELECT e.*, h.failing_since, h.last_error FROM changed e LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = e.id;

@@ -1,0 +1,200 @@
+"""`/v1/webhooks/{id}/replay` and `…/replays/{job}`: new deliveries of old events.
+
+`status` chooses: `failed` events that were given up, `missed` ones that never arrived (those from before the webhook
+existed among them), or `all`. `dry_run` counts what would be sent and begins nothing; of a long history it counts the
+first part, and `is_lower_bound` says so. What is on its way already is never replayed.
+"""
+
+# No `from __future__ import annotations` here: the fields' annotations are objects that bodies.py works with.
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Annotated, Final
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, Meta, UnsetType
+
+from dispatcher.core.rendering import is_type
+from dispatcher.model import EndpointId, EndpointStatus
+from dispatcher.store.replays import RUNNING_MAX, Choice, ReplayRecord, ReplayStatus, Selection
+from dispatcher.web.answers import answer, moment, no_query
+from dispatcher.web.asked import A_MOMENT, read_moment
+from dispatcher.web.auth import caller
+from dispatcher.web.bodies import expecting, read_body
+from dispatcher.web.openapi import Answer, operation
+from dispatcher.web.parts import Log, Web
+from dispatcher.web.problems import FieldError, Problem, invalid, not_found
+
+TYPES_MAX: Final = 100
+
+
+class NewReplay(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST …/replay. `since` and `until` say when an event was written; `types` narrows the webhook's."""
+
+    since: Annotated[str, expecting(A_MOMENT)]
+    until: Annotated[str | UnsetType | None, expecting(A_MOMENT)] = UNSET
+    status: Annotated[Selection, expecting('"failed", "missed" or "all"')]
+    types: Annotated[
+        Annotated[list[str], Meta(min_length=1, max_length=TYPES_MAX)] | UnsetType | None,
+        expecting(f'a list of 1 to {TYPES_MAX} event types, like ["email.delivered"]'),
+    ] = UNSET
+    dry_run: Annotated[bool, expecting("true or false")] = False
+
+
+class ReplayAnswer(msgspec.Struct, kw_only=True):
+    """A replay. `looked` counts events looked at, `queued` the deliveries made of them; `progress` goes from 0 to 1."""
+
+    id: str
+    webhook_id: str
+    status: ReplayStatus
+    reason: str | None
+    selection: Selection
+    types: list[str] | None
+    since: str | None
+    until: str | None
+    looked: int
+    queued: int
+    progress: float
+    created_at: str | None
+    finished_at: str | None
+
+
+class PreviewAnswer(msgspec.Struct, kw_only=True):
+    """What a replay would queue."""
+
+    dry_run: bool
+    count: int
+    is_lower_bound: bool
+    looked: int
+
+
+class Replays:
+    """The calls."""
+
+    def __init__(self, parts: Web, log: Log) -> None:
+        self._web = parts
+        self._log = log
+
+    def routes(self) -> list[web.RouteDef]:
+        """Paths below /v1."""
+        one = "/webhooks/{id:[A-Za-z0-9_-]{1,64}}"
+        return [
+            web.post(f"{one}/replay", self.create),
+            web.get(f"{one}/replays/{{job:[A-Za-z0-9_-]{{1,64}}}}", self.get),
+        ]
+
+    @operation(
+        "Deliveries",
+        body=NewReplay,
+        answers={200: PreviewAnswer, 202: Answer(ReplayAnswer, headers=("Location",))},
+        problems=["webhook_disabled"],
+    )
+    async def create(self, request: web.Request) -> web.Response:
+        """Begin a replay: 202 with it. With dry_run, count: 200."""
+        no_query(request)
+        body = await read_body(request, NewReplay, {"since": _since, "until": _until, "types": _check_types})
+        endpoint_id = await self._endpoint(request)
+        choice = _choice(body)
+        if body.dry_run:
+            return await self._preview(endpoint_id, choice)
+        record = await self._log.replays.create(endpoint_id, choice)
+        if record is None:
+            raise await self._refusal(request)
+        webhook_id = request.match_info["id"]
+        location = {"Location": f"/v1/webhooks/{webhook_id}/replays/{record.id}"}
+        return answer(shown(record, webhook_id), 202, location)
+
+    @operation("Deliveries", answers={200: ReplayAnswer})
+    async def get(self, request: web.Request) -> web.Response:
+        """A replay and how far it has come."""
+        no_query(request)
+        record = await self._log.replays.get(await self._endpoint(request), request.match_info["job"])
+        if record is None:
+            raise not_found("replay")
+        return answer(shown(record, request.match_info["id"]))
+
+    async def _preview(self, endpoint_id: EndpointId, choice: Choice) -> web.Response:
+        found = await self._log.replays.preview(endpoint_id, choice)
+        if found is None:
+            raise not_found("webhook")
+        return answer(
+            PreviewAnswer(dry_run=True, count=found.count, is_lower_bound=not found.is_whole, looked=found.looked)
+        )
+
+    async def _endpoint(self, request: web.Request) -> EndpointId:
+        found = await self._log.deliveries.endpoint(caller(request).account_id, request.match_info["id"])
+        if found is None:
+            raise not_found("webhook")
+        return found
+
+    async def _refusal(self, request: web.Request) -> Problem:
+        webhook = await self._web.endpoints.get(caller(request).account_id, request.match_info["id"])
+        if webhook is None:
+            return not_found("webhook")
+        if webhook.status is EndpointStatus.DISABLED:
+            return Problem(409, "webhook_disabled", "A disabled webhook receives nothing: resume it first.")
+        return Problem(409, "too_many_replays", f"At most {RUNNING_MAX} replays of a webhook run at once.")
+
+
+def shown(record: ReplayRecord, webhook_id: str) -> ReplayAnswer:
+    """A replay as JSON tells it."""
+    return ReplayAnswer(
+        id=record.id,
+        webhook_id=webhook_id,
+        status=record.status,
+        reason=record.reason,
+        selection=record.selection,
+        types=record.types,
+        since=moment(record.since),
+        until=moment(record.until),
+        looked=record.looked,
+        queued=record.queued,
+        progress=_progress(record),
+        created_at=moment(record.created_at),
+        finished_at=moment(record.finished_at),
+    )
+
+
+def _progress(record: ReplayRecord) -> float:
+    """How much of the time asked for lies behind: events are not counted beforehand."""
+    if record.status is ReplayStatus.DONE:
+        return 1.0
+    if record.reached_at is None:
+        return 0.0
+    share = (record.reached_at - record.since) / (record.until - record.since)
+    return round(min(max(share, 0.0), 0.99), 3)
+
+
+def _choice(body: NewReplay) -> Choice:
+    """What the body asks for; until now, if it does not say. Raises Problem."""
+    since, now = read_moment(body.since), datetime.now(UTC)
+    until = read_moment(body.until) if isinstance(body.until, str) else now
+    assert since is not None
+    assert until is not None
+    if until <= since:
+        field = "until" if isinstance(body.until, str) else "since"
+        raise invalid(
+            [FieldError(field, "expected a time after since" if field == "until" else "expected a time past")]
+        )
+    types = body.types if isinstance(body.types, list) else None
+    return Choice(selection=body.status, since=since, until=min(until, now), types=types)
+
+
+def _since(text: str) -> Iterator[FieldError]:
+    return _check_moment("since", text)
+
+
+def _until(text: str) -> Iterator[FieldError]:
+    return _check_moment("until", text)
+
+
+def _check_moment(field: str, text: str) -> Iterator[FieldError]:
+    if read_moment(text) is None:
+        yield FieldError(field, f"expected {A_MOMENT}")
+
+
+def _check_types(types: list[str]) -> Iterator[FieldError]:
+    for place, name in enumerate(types):
+        if not is_type(name):
+            yield FieldError(f"types[{place}]", 'expected a type like "email.delivered"')

@@ -1,0 +1,153 @@
+"""Group commit: nothing is logged twice when answers are lost, and the cursor never passes what is not on record."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from desk import Desk, endpoint
+from house import House, until
+
+from dispatcher.engine.ledger import ERROR_CHARS_MAX
+from dispatcher.errors import Fenced
+from dispatcher.store.shard import Batch, ShardStore
+
+
+@pytest.mark.parametrize("when", ["lost before it is written", "written, and the answer lost", "written twice at once"])
+async def test_batch_in_doubt_is_logged_once(house: House, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    flush = ShardStore.flush
+    troubles = iter([False, True] * 4)
+
+    async def unreliable(self: ShardStore, epoch: int, batch: Batch) -> bool:
+        if not batch.attempts or not next(troubles, False):
+            return await flush(self, epoch, batch)
+        if when == "written, and the answer lost":
+            await flush(self, epoch, batch)
+        elif when == "written twice at once":
+            late.append((epoch, batch))
+        raise ConnectionResetError("cut")
+
+    late: list[tuple[int, Batch]] = []
+    monkeypatch.setattr(ShardStore, "flush", unreliable)
+    await house.webhook(retry=[0.01])
+    house.receiver.answer = lambda arrival: 500 if arrival.n % 5 == 0 and arrival.attempt == 1 else 200
+    running = await house.start()
+    running.may_lose = True
+    for first in range(1, 101, 10):
+        await house.emit(first, first + 9)
+        await until(lambda last=first + 9: last in {arrival.n for arrival in house.receiver.arrivals})
+    await until(lambda: house.settled(100))
+    assert running.engine.losses >= 2
+    for epoch, batch in late:  # the session that was cut was still at it
+        assert not await flush(ShardStore(house.app, 0), epoch, batch)
+    log = await house.log()
+    assert len(log) == len(set(log)) == 120
+    assert Counter(row[3] for row in log) == {"delivered": 100, "retrying": 20}
+    assert len(house.receiver.arrivals) == 120, "what was logged was not sent again"
+
+
+async def test_fence_lets_nothing_of_an_older_epoch_in(house: House) -> None:
+    desk = Desk(endpoint(1))
+    desk.emit()
+    desk.answer(next(iter(desk.out)), 200)
+    shard = ShardStore(house.app, 0)
+    epoch = await shard.take_over()
+    await shard.take_over()
+    with pytest.raises(Fenced):
+        await desk.ledger.flush(shard, None, epoch)
+    assert await house.log() == []
+
+
+async def test_finish_writes_what_is_there_and_ends_the_loop() -> None:
+    desk = Desk(endpoint(1))
+    run = asyncio.create_task(desk.ledger.run(desk.shelf, SimpleNamespace(), 1))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    desk.emit()
+    desk.answer(next(iter(desk.out)), 200)
+    desk.ledger.finish()
+    await run
+    assert desk.finals() == {1: [1]}
+
+
+async def test_results_collect_for_a_moment_and_go_down_together() -> None:
+    desk = Desk(endpoint(1))
+    run = asyncio.create_task(desk.ledger.run(desk.shelf, SimpleNamespace(), 1))  # type: ignore[arg-type]
+    for _ in range(3):
+        desk.emit()
+    for delivery in list(desk.out):
+        desk.answer(delivery, 200)
+    await asyncio.sleep(0)
+    assert desk.ledger.buffered == 3
+    desk.clock.advance(0.011)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert desk.ledger.buffered == 0
+    assert desk.telemetry.settle_batch_size.data().sum == 3
+    desk.ledger.finish()
+    await run
+
+
+async def test_full_ledger_stops_the_sending_and_the_commit_starts_it_again() -> None:
+    desk = Desk(endpoint(1, max_concurrency=4))
+    desk.ledger._buffered_max = 4
+    for _ in range(20):
+        desk.emit()
+    while desk.out:
+        desk.answer(next(iter(desk.out)), 200)
+    assert desk.ledger.full
+    assert desk.lanes.queued
+    await desk.flush()
+    assert desk.out
+    await desk.settle()
+    desk.check_settled()
+
+
+async def test_page_is_resolved_when_its_rows_are_written_and_not_when_they_are_buffered() -> None:
+    desk = Desk(endpoint(1), endpoint(2))
+    desk.emit()
+    first, second = desk.out
+    desk.answer(first, 200)
+    assert desk.pages[0].left == 2
+    await desk.flush()
+    assert desk.pages[0].left == 1
+    desk.answer(second, 500)
+    await desk.flush()
+    assert desk.pages[0].left == 0, "a pending row resolves it too"
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 5000])
+async def test_error_texts_are_made_storable(text: str) -> None:
+    desk = Desk(endpoint(1))
+    desk.emit()
+    [delivery] = desk.out
+    desk.deliverer.discard(delivery, text)
+    desk.ledger.attempt(delivery, None, "discarded", 0, text)
+    for row in desk.ledger._open.attempts:
+        assert "\0" not in row[9]
+        assert len(row[9].encode()) <= ERROR_CHARS_MAX * 3
+
+
+async def test_only_a_change_of_a_webhooks_health_is_written() -> None:
+    desk = Desk(endpoint(1, schedule_s=(1.0, 1.0)))
+    written: list[Any] = []
+
+    async def learn(_disabled: Any, health: Any) -> None:
+        written.extend(health)
+
+    store = SimpleNamespace(learn=learn)
+
+    async def come_to(status: int) -> None:
+        desk.emit()
+        desk.answer(list(desk.out)[-1], status)
+        await desk.ledger.flush(desk.shelf, store, 1)  # type: ignore[arg-type]
+
+    for status in (200, 500, 500, 404, 200, 200):
+        await come_to(status)
+    assert [(h.failing_since is not None, h.last_error) for h in written] == [(True, "500"), (False, None)]
+    await come_to(500)
+    desk.ledger.forgive(1)
+    await come_to(500)
+    assert len(written) == 4, "a webhook that was resumed begins anew"

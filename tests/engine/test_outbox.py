@@ -1,0 +1,283 @@
+"""The outbox reader: every committed event exactly once, in pages, and never asleep while there is something to read."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import asyncpg
+import pytest
+from house import House, until
+
+from dispatcher.engine.engine import Engine
+from dispatcher.store.database import connect
+from dispatcher.store.outbox import Cursor, OutboxPages
+
+INSERT = "INSERT INTO dispatcher.outbox (type, data) VALUES ('test.event', '{}') RETURNING id"
+
+
+class Reading:
+    """A reader that stops after each page, and may be killed there."""
+
+    def __init__(self, dsn: str, limit: int) -> None:
+        self._dsn = dsn
+        self._limit = limit
+        self.seen: list[str] = []
+        self.connection: Any = None
+        self._pages: OutboxPages
+        self.cursor: Cursor
+
+    async def open(self) -> None:
+        self.connection = await connect(self._dsn, name="reader", engine=True)
+        self._pages = OutboxPages(self.connection)
+        await self._pages.prepare()
+
+    async def start(self) -> None:
+        await self.open()
+        row = await self.connection.fetchrow("SELECT prev, prev_at FROM dispatcher.shard")
+        self.cursor = Cursor(row["prev"], row["prev_at"])
+
+    async def page(self) -> bool:
+        """Read a page; return whether the difference ends with it."""
+        page = await self._pages.read(self.cursor, self._limit)
+        self.seen += [row[5] for row in page.rows]
+        self.cursor = page.after
+        return page.complete
+
+    async def catch_up(self) -> None:
+        while not await self.page():
+            pass
+
+    async def restart(self) -> None:
+        """Go on in another process, with what the shard's row keeps of the cursor."""
+        await self.connection.close()
+        c = self.cursor
+        self.cursor = Cursor(c.prev, c.prev_at, c.cur, None, c.at_xid, c.at_seq)
+        await self.open()
+
+
+@pytest.fixture
+async def reading(database: str) -> Any:
+    reading = Reading(database, 3)
+    await reading.start()
+    yield reading
+    await reading.connection.close()
+
+
+async def test_rolled_back_event_is_never_seen(reading: Reading, database: str) -> None:
+    producer = await asyncpg.connect(database)
+    transaction = producer.transaction()
+    await transaction.start()
+    await producer.fetchval(INSERT)
+    await reading.catch_up()
+    await transaction.rollback()
+    kept = await producer.fetchval(INSERT)
+    await reading.catch_up()
+    assert reading.seen == [kept]
+    await producer.close()
+
+
+async def test_long_transaction_delays_nothing_and_arrives_after_its_commit(reading: Reading, database: str) -> None:
+    slow, quick = await asyncpg.connect(database), await asyncpg.connect(database)
+    transaction = slow.transaction()
+    await transaction.start()
+    late = [await slow.fetchval(INSERT) for _ in range(5)]
+    for _ in range(20):
+        event = await quick.fetchval(INSERT)
+        await reading.catch_up()
+        assert reading.seen[-1] == event
+    late += [await slow.fetchval(INSERT) for _ in range(5)]
+    await transaction.commit()
+    await reading.catch_up()
+    assert reading.seen[-10:] == late
+    assert len(reading.seen) == len(set(reading.seen)) == 30
+    for connection in (slow, quick):
+        await connection.close()
+
+
+async def test_restart_in_the_middle_of_a_difference_repeats_and_skips_nothing(reading: Reading, database: str) -> None:
+    producer = await asyncpg.connect(database)
+    others = [await asyncpg.connect(database) for _ in range(3)]
+    open_ = [other.transaction() for other in others]
+    expected = []
+    for transaction, other in zip(open_, others, strict=True):
+        await transaction.start()
+        expected += [await other.fetchval(INSERT) for _ in range(4)]
+    expected += [await producer.fetchval(INSERT) for _ in range(10)]
+    assert not await reading.page()
+    await open_[0].commit()
+    for _ in range(3):
+        await reading.restart()
+        await reading.page()
+    await open_[1].commit()
+    await open_[2].commit()
+    await reading.restart()
+    await reading.catch_up()
+    await reading.catch_up()
+    assert sorted(reading.seen) == sorted(expected)
+    for connection in (producer, *others):
+        await connection.close()
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_whatever_the_interleaving_each_committed_event_is_seen_once(database: str, seed: int) -> None:
+    dice = random.Random(seed)
+    reading = Reading(database, dice.choice([1, 2, 5, 50]))
+    await reading.start()
+    producers = [await asyncpg.connect(database) for _ in range(8)]
+    open_: dict[Any, tuple[Any, list[str]]] = {}
+    committed: set[str] = set()
+    for _ in range(250):
+        producer = dice.choice(producers)
+        match dice.choice(["begin", "insert", "insert", "savepoint", "end", "end", "page", "page", "restart"]):
+            case "begin" if producer not in open_:
+                transaction = producer.transaction(isolation=dice.choice(["read_committed", "repeatable_read"]))
+                await transaction.start()
+                open_[producer] = (transaction, [])
+            case "insert" if producer in open_:
+                open_[producer][1].extend([await producer.fetchval(INSERT) for _ in range(dice.randrange(1, 7))])
+            case "insert":
+                committed.add(await producer.fetchval(INSERT))
+            case "savepoint" if producer in open_:
+                inner = producer.transaction()
+                await inner.start()
+                event = await producer.fetchval(INSERT)
+                if dice.random() < 0.5:
+                    await inner.commit()
+                    open_[producer][1].append(event)
+                else:
+                    await inner.rollback()
+            case "end" if producer in open_:
+                transaction, events = open_.pop(producer)
+                if dice.random() < 0.7:
+                    await transaction.commit()
+                    committed.update(events)
+                else:
+                    await transaction.rollback()
+            case "page":
+                await reading.page()
+            case "restart" if dice.random() < 0.3:
+                await reading.restart()
+        assert set(reading.seen) <= committed
+    for transaction, events in open_.values():
+        await transaction.commit()
+        committed.update(events)
+    await reading.catch_up()
+    await reading.catch_up()
+    assert len(reading.seen) == len(set(reading.seen))
+    assert set(reading.seen) == committed
+    for connection in (reading.connection, *producers):
+        await connection.close()
+
+
+async def test_no_wake_up_is_lost_with_transactions_held_open_and_no_safety_poll(house: House) -> None:
+    dice = random.Random(3)
+    await house.webhook()
+    rounds, producers = 200, [await house.connect() for _ in range(3)]
+
+    def no_safety_net(engine: Engine) -> None:
+        engine.safety_s = (3600.0, 3600.0)
+
+    running = await house.start(no_safety_net)
+    sent = 0
+
+    async def burst(producer: Any, isolation: str, hold_s: float, many: int) -> None:
+        async with producer.transaction(isolation=isolation):
+            await producer.fetchval("SELECT 1")
+            await producer.execute(
+                "INSERT INTO dispatcher.outbox (type, data)"
+                " SELECT 'test.event', '{\"n\": 1}' FROM generate_series(1, $1::integer)", many
+            )  # fmt: skip
+            await asyncio.sleep(hold_s)  # the load, not a wait for a result
+
+    for _ in range(rounds):
+        many = dice.choice([1, 1, 1, 80])  # the larger ones keep the reader awake for a while
+        busy = producers[: dice.randrange(1, 4)]
+        sent += many * len(busy)
+        await asyncio.gather(
+            *(
+                burst(p, dice.choice(["read_committed", "repeatable_read"]), dice.uniform(0.0, 0.02), many)
+                for p in busy
+            )
+        )
+        # Each round is waited for: the next one's wake-up would hide that this one's was lost.
+        await until(lambda: len(house.receiver.arrivals) == sent)
+        await asyncio.sleep(dice.choice([0.0, 0.0, 0.01, 0.04]))
+    running.check()
+    for producer in producers:
+        await producer.close()
+
+
+async def test_webhook_receives_exactly_what_commits_after_its_creation(house: House) -> None:
+    await house.start()
+    stop = asyncio.Event()
+    noise = await house.connect()
+
+    async def make_noise() -> None:
+        while not stop.is_set():
+            await noise.execute("INSERT INTO dispatcher.outbox (type, data) VALUES ('noise.event', '{}')")
+
+    busy = asyncio.create_task(make_noise())
+    other = await house.connect()
+    for n in range(100):
+        insert = f"INSERT INTO dispatcher.outbox (type, data) VALUES ('round.r{n}', '{{\"n\": %d}}')"
+        await other.execute(insert % 1)
+        open_ = other.transaction()
+        if n % 2:  # begun before the webhook, committed after it
+            await open_.start()
+            await other.execute(insert % 2)
+        await house.webhook(f"/{n}", events=[f"round.r{n}"])
+        if n % 2:
+            await open_.commit()
+        else:
+            await other.execute(insert % 2)
+    stop.set()
+    await busy
+    await until(lambda: len(house.receiver.arrivals) >= 100)
+    await until(lambda: house.settled(100))
+    assert sorted((int(arrival.path[1:]), arrival.n) for arrival in house.receiver.arrivals) == [(n, 2) for n in range(100)]
+    for connection in (noise, other):
+        await connection.close()
+
+
+async def test_reader_sees_an_event_whose_producer_role_may_read_nothing(house: House) -> None:
+    await house.webhook()
+    await house.start()
+    async with house.app.transaction():
+        await house.app.execute("SET LOCAL ROLE dispatcher_producer")
+        await house.app.execute("INSERT INTO dispatcher.outbox (type, data) VALUES ('test.event', '{\"n\": 1}')")
+    await until(lambda: house.settled(1))
+
+
+async def test_cursor_follows_in_the_database_once_everything_before_it_is_resolved(house: House) -> None:
+    await house.webhook()
+    await house.start()
+    await house.emit(1, 20)
+    await until(lambda: house.settled(20))
+    newest = await house.app.fetchval("SELECT max(xid::text::bigint) FROM dispatcher.outbox")
+    await until(lambda: _passed(house, newest))
+
+
+async def test_cursor_stays_behind_a_delivery_that_is_neither_settled_nor_pending(house: House) -> None:
+    await house.webhook()
+    running = await house.start()
+    forever = asyncio.get_running_loop().create_future()
+    house.receiver.answer = lambda arrival: forever if arrival.n == 1 else 200
+    await house.emit(1)
+    await until(lambda: house.receiver.open == 1)
+    await house.emit(2, 10)
+    await until(lambda: len(house.receiver.arrivals) == 10)
+    await until(lambda: not running.engine.ledger.buffered)
+    oldest = await house.app.fetchval("SELECT min(xid::text::bigint) FROM dispatcher.outbox")
+    assert await house.app.fetchval("SELECT count(*) FROM dispatcher.pending") or not await _passed(house, oldest)
+    # Two seconds on it is insured by a pending row, and lets the cursor go.
+    await until(lambda: _passed(house, oldest))
+    assert await house.pending() == 1
+    forever.set_result(200)
+    await until(lambda: house.settled(10))
+
+
+async def _passed(house: House, xid: int) -> bool:
+    row = await house.app.fetchrow("SELECT pg_snapshot_xmin(prev)::text::bigint AS xmin FROM dispatcher.shard")
+    return bool(row["xmin"] > xid)

@@ -1,0 +1,286 @@
+"""The schema: how it comes to be, who may do what in it, and what applications write through."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+
+from dispatcher.errors import DatabaseUnreachable, SchemaMismatch
+from dispatcher.store import database as store
+from dispatcher.store.database import check_schema, connect, migrate, migrations, place, statements
+
+
+@pytest.fixture
+async def db(database: str) -> AsyncIterator[Any]:
+    connection = await connect(database, name="test")
+    yield connection
+    await connection.close()
+
+
+# ── migrations ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_migrating_twice_does_nothing_the_second_time(empty_database: str) -> None:
+    assert await migrate(empty_database) == list(migrations())
+    assert await migrate(empty_database) == []
+
+
+async def test_migrating_from_two_hosts_at_once_applies_everything_once(empty_database: str) -> None:
+    done = await asyncio.gather(*(migrate(empty_database) for _ in range(3)))
+    assert sorted(map(len, done)) == [0, 0, len(migrations())]
+
+
+async def test_dry_run_says_what_is_missing_and_leaves_no_trace(empty_database: str) -> None:
+    assert await migrate(empty_database, dry_run=True) == list(migrations())
+    connection = await connect(empty_database, name="test")
+    assert await connection.fetchval("SELECT to_regnamespace('dispatcher')") is None
+    with pytest.raises(SchemaMismatch, match="dispatcher migrate"):
+        await check_schema(connection)
+    await connection.close()
+
+
+async def test_failed_migration_leaves_nothing_behind(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = store.Migration(2, "broken", "CREATE TABLE dispatcher.half (); SELECT 1 / 0")
+    monkeypatch.setattr(store, "migrations", lambda: (*migrations(), broken))
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await migrate(empty_database)
+    connection = await connect(empty_database, name="test")
+    assert await connection.fetchval("SELECT to_regnamespace('dispatcher')") is None
+    await connection.close()
+
+
+async def test_schema_of_a_newer_release_is_refused(db: Any, database: str) -> None:
+    await db.execute("INSERT INTO dispatcher.migration (version, name, checksum) VALUES (99, 'later', 'x')")
+    for act in (check_schema(db), migrate(database)):
+        with pytest.raises(SchemaMismatch, match="newer"):
+            await act
+
+
+async def test_migration_edited_after_it_was_applied_is_refused(db: Any, database: str) -> None:
+    await db.execute("UPDATE dispatcher.migration SET checksum = 'another'")
+    for act in (check_schema(db), migrate(database)):
+        with pytest.raises(SchemaMismatch, match="another text"):
+            await act
+
+
+async def test_unreachable_database_is_named_without_the_password() -> None:
+    with pytest.raises(DatabaseUnreachable) as caught:
+        await connect("postgresql://me:secret@127.0.0.1:1/shop", name="test")
+    assert "127.0.0.1:1/shop" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dsn", "shown"),
+    [
+        ("postgresql://me:secret@db.example:5433/shop?sslmode=require", "db.example:5433/shop"),
+        ("postgresql://me:secret@/shop?host=/run/pg", "/run/pg/shop"),
+        ("host=db.example password=secret dbname=shop", "host=db.example dbname=shop"),
+    ],
+)
+def test_place_shows_where_and_never_the_password(dsn: str, shown: str) -> None:
+    assert place(dsn) == shown
+
+
+async def test_check_constraints_mirror_the_enums(db: Any) -> None:
+    from dispatcher.model import SETTLED, DeliveryState, EndpointStatus, Result
+
+    async def allowed(table: str, column: str) -> set[str]:
+        text = await db.fetchval(
+            "SELECT string_agg(pg_get_constraintdef(oid), ' ') FROM pg_constraint"
+            " WHERE conrelid = $1::regclass AND contype = 'c' AND pg_get_constraintdef(oid) LIKE '%' || $2 || ' = ANY%'",
+            f"dispatcher.{table}",
+            column,
+        )
+        return set(re.findall(r"'(\w+)'::text", text))
+
+    assert await allowed("attempt", "state") == {state.value for state in SETTLED | {DeliveryState.RETRYING}}
+    assert await allowed("pending", "state") == {DeliveryState.PENDING.value, DeliveryState.RETRYING.value}
+    assert await allowed("attempt", "result") == {result.value for result in Result}
+    assert await allowed("endpoint", "status") == {status.value for status in EndpointStatus}
+
+
+@pytest.mark.parametrize("file", ["shard", "outbox", "pending"])
+async def test_engines_statements_run_on_index_paths(database: str, file: str) -> None:
+    """With nothing else allowed they are planned without what was forbidden: no scan of a table, no sort of one."""
+    connection = await connect(database, name="test", engine=True)
+    for name, sql in statements(file).items():
+        if name in ("flush", "identity", "reread", "born", "cursor", "take_over", "anchor", "naturalize", "forget_instances", "instances"):
+            continue  # one-row tables, or once in a cluster's life
+        statement = await connection.prepare(sql)
+        arguments = ", ".join(f"NULL::{parameter.name}{'[]' * (parameter.kind == 'array' and not parameter.name.endswith('[]'))}" for parameter in statement.get_parameters())
+        await connection.execute(f"PREPARE {name} AS {sql}")
+        plan = await connection.fetch(f"EXPLAIN EXECUTE {name}{f'({arguments})' if arguments else ''}")
+        text = "\n".join(row[0] for row in plan)
+        for table in ("outbox_2", "attempt_2", "pending"):
+            assert f"Seq Scan on {table}" not in text, text
+    await connection.close()
+
+
+# ── what applications do ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def producer(db: Any) -> Any:
+    """The application's connection, in the documented role."""
+    await db.execute("SET ROLE dispatcher_producer")
+    return db
+
+
+async def test_producer_may_insert_and_emit(producer: Any) -> None:
+    await producer.execute("INSERT INTO dispatcher.outbox (type, data) VALUES ('a.b', '{}')")
+    assert re.fullmatch("evt_[0-9a-f]{32}", await producer.fetchval("SELECT dispatcher.emit('a.b', '{}')"))
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["outbox", "event", "endpoint", "api_key", "account", "setting", "attempt", "pending", "idempotency", "shard", "instance"],
+)
+async def test_producer_may_read_nothing(producer: Any, table: str) -> None:
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await producer.fetch(f"SELECT * FROM dispatcher.{table}")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "UPDATE dispatcher.outbox SET type = 'x.y'",
+        "DELETE FROM dispatcher.outbox",
+        "TRUNCATE dispatcher.outbox",
+        "SELECT dispatcher.flush(0, 1, 1, NULL, NULL, NULL, NULL, NULL" + ", NULL" * 26 + ")",
+        "SELECT dispatcher.make_partitions('outbox', '2030-01-01', '2030-01-02')",
+        "SELECT dispatcher.grant_producer()",
+        "UPDATE dispatcher.shard SET epoch = 0",
+    ],
+)
+async def test_producer_may_change_nothing(producer: Any, act: str) -> None:
+    with pytest.raises((asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError)):
+        await producer.execute(act)
+
+
+async def test_application_sets_account_type_data_id_and_created_at(producer: Any) -> None:
+    await producer.execute(
+        "INSERT INTO dispatcher.outbox (account, type, data, id, created_at)"
+        " VALUES ('acme', 'a.b', '{}', 'evt_mine', '2020-01-01')"
+    )
+
+
+@pytest.mark.parametrize(("column", "value"), [("seq", "1"), ("xid", "'1'"), ("written_at", "now()")])
+async def test_application_sets_nothing_else(producer: Any, column: str, value: str) -> None:
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await producer.execute(f"INSERT INTO dispatcher.outbox (type, data, {column}) VALUES ('a.b', '{{}}', {value})")
+
+
+async def test_data_is_kept_as_it_was_written(db: Any) -> None:
+    text = '{"b": 1.0,  "a": 1e2, "b2": "\\u0041"}'
+    await db.execute("INSERT INTO dispatcher.outbox (type, data) VALUES ('a.b', $1)", text)
+    assert await db.fetchval("SELECT data::text FROM dispatcher.outbox") == text
+
+
+@pytest.mark.parametrize("event_id", ["", "with space", "x" * 65, "line\nbreak"])
+async def test_event_id_that_could_not_stand_in_a_header_is_refused(db: Any, event_id: str) -> None:
+    with pytest.raises(asyncpg.CheckViolationError):
+        await db.execute("INSERT INTO dispatcher.outbox (type, data, id) VALUES ('a.b', '{}', $1)", event_id)
+
+
+async def test_event_id_made_by_a_default_is_a_uuid_of_version_7(db: Any) -> None:
+    for made in (
+        await db.fetchval("INSERT INTO dispatcher.outbox (type, data) VALUES ('a.b', '{}') RETURNING id"),
+        await db.fetchval("SELECT dispatcher.emit('a.b', '{}')"),
+    ):
+        assert re.fullmatch("evt_[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}", made)
+
+
+# ── idempotency ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+EMIT = "SELECT dispatcher.emit($1, $2::text::json, account => $3, idempotency_key => $4)"
+
+
+async def test_key_repeated_with_the_same_data_returns_the_first_event(producer: Any, db: Any) -> None:
+    first = await producer.fetchval(EMIT, "a.b", '{"n":1}', "default", "k")
+    assert await producer.fetchval(EMIT, "a.b", '{"n":1}', "default", "k") == first
+    other = await producer.fetchval(EMIT, "a.b", '{"n":1}', "acme", "k")
+    assert other != first, "each account has its own keys"
+    await db.execute("RESET ROLE")
+    assert await db.fetchval("SELECT count(*) FROM dispatcher.outbox") == 2
+
+
+@pytest.mark.parametrize(("type_", "data"), [("a.b", '{"n":2}'), ("a.c", '{"n":1}')])
+async def test_key_repeated_with_other_data_raises(db: Any, type_: str, data: str) -> None:
+    await db.fetchval(EMIT, "a.b", '{"n":1}', "default", "k")
+    with pytest.raises(asyncpg.UniqueViolationError, match="other data"):
+        await db.fetchval(EMIT, type_, data, "default", "k")
+
+
+async def test_key_may_be_used_again_after_a_day(db: Any) -> None:
+    first = await db.fetchval(EMIT, "a.b", '{"n":1}', "default", "k")
+    await db.execute("UPDATE dispatcher.idempotency SET created_at = created_at - interval '25 hours'")
+    second = await db.fetchval(EMIT, "a.b", '{"n":2}', "default", "k")
+    assert second != first
+    assert await db.fetchval(EMIT, "a.b", '{"n":2}', "default", "k") == second
+
+
+async def test_rolled_back_emit_leaves_its_key_free(db: Any) -> None:
+    transaction = db.transaction()
+    await transaction.start()
+    await db.fetchval(EMIT, "a.b", '{"n":1}', "default", "k")
+    await transaction.rollback()
+    await db.fetchval(EMIT, "a.b", '{"n":2}', "default", "k")
+    rows = await db.fetch("SELECT data::text FROM dispatcher.outbox")
+    assert [json.loads(row[0]) for row in rows] == [{"n": 2}]
+
+
+@pytest.mark.parametrize("first_commits", [True, False])
+async def test_two_transactions_with_one_key_make_one_event(db: Any, database: str, first_commits: bool) -> None:
+    other = await connect(database, name="other")
+    transaction = db.transaction()
+    await transaction.start()
+    first = await db.fetchval(EMIT, "a.b", "{}", "default", "k")
+    second = asyncio.create_task(other.fetchval(EMIT, "a.b", "{}", "default", "k"))
+    watch = await connect(database, name="watch")
+    while not await watch.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    ):
+        await asyncio.sleep(0.002)
+    assert not second.done()
+    await (transaction.commit() if first_commits else transaction.rollback())
+    assert (await second == first) is first_commits
+    assert await watch.fetchval("SELECT count(*) FROM dispatcher.outbox") == 1
+    for connection in (other, watch):
+        await connection.close()
+
+
+# ── waking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_trigger_notifies_only_while_somebody_sleeps(db: Any, database: str) -> None:
+    sleeper = await connect(database, name="sleeper")
+    heard: list[object] = []
+    await sleeper.add_listener("dispatcher_wake", lambda *args: heard.append(args))
+    await db.execute("INSERT INTO dispatcher.outbox (type, data) VALUES ('a.b', '{}')")
+    await sleeper.fetchval("SELECT 1")  # whatever was sent has come in with it
+    assert heard == []
+    assert await sleeper.fetchval(statements("shard")["fall_asleep"])
+    await db.execute("INSERT INTO dispatcher.outbox (type, data) VALUES ('a.b', '{}')")
+    while not heard:
+        await sleeper.fetchval("SELECT 1")
+    await sleeper.close()
+
+
+async def test_registry_version_changes_with_every_change_of_a_webhook(db: Any) -> None:
+    versions = []
+    account = await db.fetchval("SELECT id FROM dispatcher.account")
+    for act in (
+        "INSERT INTO dispatcher.endpoint (public_id, account_id, url, events) VALUES ('wh_1', $1, 'https://x', '{*}')",
+        "UPDATE dispatcher.endpoint SET status = 'paused' WHERE account_id = $1",
+        "DELETE FROM dispatcher.endpoint WHERE account_id = $1",
+    ):
+        await db.execute(act, account)
+        versions.append(await db.fetchval("SELECT version FROM dispatcher.registry"))
+    assert versions == [2, 3, 4]

@@ -1,0 +1,210 @@
+"""The benchmark harness counts right: the books of a smoke run, and what figures are made of. Never how fast."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.histogram import STEPS, Histogram, bucket_of, edge_of
+from bench.ledger import FOREIGN, Ledger, endpoint_path, event_id, event_type
+from bench.machine import ROOT
+from bench.plot import columns, lines, quantiles
+from bench.producer import Stream
+from bench.scenario import all_scenarios
+from bench.scenarios.peers import postgres_variables
+
+# A drain, an open loop, ill endpoints, retries, and kill -9: every way in which the harness counts.
+SCENARIOS = ("throughput", "light", "isolation", "retries", "recovery")
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+durations = st.lists(st.integers(0, 10**12), min_size=1, max_size=200)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of a smoke run by scenario."""
+    results = tmp_path_factory.mktemp("results")
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "smoke", "--quiet", "--results", str(results), "--only", *SCENARIOS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {found["scenario"]: found for found in (json.loads(path.read_text()) for path in results.glob("*.json"))}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_delivery_of_a_smoke_run_is_accounted_for(smoke: dict[str, Any], scenario: str) -> None:
+    found = smoke[scenario]
+    assert not found["is_void"], found["faults"]
+    assert found["books"], "no books were closed"
+    for cell, books in found["books"].items():
+        assert books["sent"] > 0, cell
+        assert books["sent"] == books["received"] + books["missing"], cell
+        assert (books["missing"], books["foreign"]) == (0, 0), cell
+        assert books["acknowledged"] == books["committed"], cell
+
+
+def test_without_a_fault_nothing_is_delivered_twice(smoke: dict[str, Any]) -> None:
+    assert [books["duplicates"] for books in smoke["throughput"]["books"].values()] == [0] * 4
+
+
+def test_every_latency_of_the_steady_phase_is_in_the_histogram(smoke: dict[str, Any]) -> None:
+    (histogram,) = smoke["light"]["histograms"].values()
+    sizes = all_scenarios()["light"].sizes(smoke=True)
+    assert len(Histogram.from_json(histogram)) == sizes["rate"] * sizes["seconds"]
+
+
+def test_no_retry_of_a_storm_is_early(smoke: dict[str, Any]) -> None:
+    assert {bar["what"]: bar["value"] for bar in smoke["retries"]["bars"]}["early retries"] == 0
+
+
+def test_a_run_says_on_what_it_was_made(smoke: dict[str, Any]) -> None:
+    for found in smoke.values():
+        assert {"cpu", "cores", "kernel", "python", "uvloop", "asyncpg", "git"} <= set(found["machine"])
+        assert found["versions"]["PostgreSQL"]
+        assert found["versions"]["PostgreSQL settings"]["fsync"] == "on"
+        assert found["receiver ceiling"]["requests/s"] > 0
+
+
+# The ledger.
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Any:
+    made = Ledger(tmp_path / "ledger", events=4, fanout=3)
+    yield made
+    made.close()
+
+
+def receive(ledger: Ledger, event: int, endpoint: int) -> None:
+    """What the receiver's process does, through a mapping of its own."""
+    from bench.receiver import Connection, Told
+
+    told = Told()
+    told.ledger = Ledger(ledger.path, ledger.events, ledger.fanout)
+    connection = Connection(told)
+    connection._write = lambda data: None
+    body = b'{"a":1}'
+    lines = f"POST {endpoint_path(endpoint)} HTTP/1.1", f"webhook-id: {event_id(event)}", f"Content-Length: {len(body)}"
+    whole = "\r\n".join([*lines, "", ""]).encode() + body
+    connection.data_received(whole[:50])
+    connection.data_received(whole[50:-1])
+    connection.data_received(whole[-1:])
+    told.ledger.close()
+
+
+def test_what_did_not_come_is_missing_and_what_came_twice_a_duplicate(ledger: Ledger) -> None:
+    for event in range(3):
+        ledger.acked[event] = 1
+    for endpoint in (3, 4, 5):
+        receive(ledger, 0, endpoint)
+        receive(ledger, 1, endpoint)
+    receive(ledger, 1, 5)
+    receive(ledger, 2, 4)
+    books = ledger.balance(range(4), committed=3)
+    assert (books.sent, books.received, books.missing, books.duplicates) == (9, 7, 2, 1)
+    assert (ledger.requests, ledger.distinct) == (8, 7)
+    assert books.faults == ["2 of 9 deliveries are missing"]
+
+
+def test_a_request_nobody_sent_voids_the_run(ledger: Ledger) -> None:
+    for event in range(4):
+        ledger.acked[event] = 1
+        for endpoint in range(3):
+            receive(ledger, event, endpoint)
+    assert ledger.balance(range(4), committed=4).faults == []
+    receive(ledger, 4711, 0)
+    assert ledger.head[FOREIGN] == 1
+    assert ledger.balance(range(4), committed=4).faults == ["1 requests came that nobody sent"]
+
+
+def test_events_the_database_does_not_hold_void_the_run(ledger: Ledger) -> None:
+    ledger.acked[0] = 1
+    for endpoint in range(3):
+        receive(ledger, 0, endpoint)
+    assert ledger.balance(range(4), committed=0).faults == ["the database holds 0 events, 1 were acknowledged"]
+
+
+def test_a_latency_counts_from_when_the_event_was_due(ledger: Ledger) -> None:
+    ledger.due[1], ledger.acked[1] = 100, 130
+    ledger.first[3], ledger.first[5] = 150, 190
+    assert ledger.latencies_ns([1]) == [50, 90]
+    assert ledger.latencies_ns([1], since="acked") == [20, 60]
+
+
+def test_ids_and_types_are_such_as_the_outbox_takes() -> None:
+    assert event_id(7) == "evt_" + "7".rjust(32, "0")
+    assert event_type(12) == "bench.g00012"
+    assert [Stream(first=10, count=4, rate=1, group=2, groups=3).group_of(n) for n in range(10, 14)] == [2, 3, 4, 2]
+
+
+# Histograms and plots.
+
+
+@given(st.integers(0, 10**15))
+def test_a_bucket_holds_its_durations_within_a_64th(value: int) -> None:
+    edge = edge_of(bucket_of(value))
+    assert value <= edge <= value * (1 + 1 / STEPS) + 1
+    assert bucket_of(edge + 1) == bucket_of(value) + 1
+
+
+@given(durations, st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+def test_a_quantile_is_that_of_the_sorted_list_within_a_64th(values: list[int], share: float) -> None:
+    exact = sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
+    assert exact <= Histogram(values).quantile_ns(share) <= exact * (1 + 1 / STEPS) + 1
+
+
+@given(durations, durations)
+def test_pooling_is_the_same_as_having_counted_together(left: list[int], right: list[int]) -> None:
+    pooled = Histogram(left)
+    pooled.add(Histogram(right))
+    together = Histogram(left + right)
+    assert (pooled.buckets, pooled.highest_ns) == (together.buckets, together.highest_ns)
+    assert Histogram.from_json(json.loads(json.dumps(pooled.to_json()))).buckets == together.buckets
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        quantiles("a <title> & more", {"idle": Histogram(range(1, 10**7, 10**4)), "none": Histogram()}),
+        columns("rates", {"one": 3.0, "two": 0.0}, "1/s"),
+        lines("memory", {"RSS, MB": [(0.0, 60.0), (5.0, 80.5)]}, x="s", y="MB"),
+    ],
+    ids=["quantiles", "columns", "lines"],
+)
+def test_a_plot_is_well_formed_svg_that_stays_on_its_page(drawing: str) -> None:
+    root = ET.fromstring(drawing)
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    points = [pair.split(",") for line in root.iter(f"{SVG}polyline") for pair in line.attrib["points"].split()]
+    assert points or next(root.iter(f"{SVG}rect"), None) is not None
+    assert all(0 <= float(x) <= width and 0 <= float(y) <= height for x, y in points)
+
+
+def test_scenarios_have_a_question_and_a_smoke_size_for_everything() -> None:
+    for scenario in all_scenarios().values():
+        assert scenario.question.endswith("?"), scenario.name
+        assert scenario.sizes().keys() == scenario.sizes(smoke=True).keys()
+
+
+def test_a_dsn_becomes_the_variables_of_other_clients() -> None:
+    assert postgres_variables("postgresql://me:p%40ss@db.example:5433/app?sslmode=require") == {
+        "PGHOST": "db.example",
+        "PGPORT": "5433",
+        "PGUSER": "me",
+        "PGPASSWORD": "p@ss",
+        "PGDATABASE": "app",
+        "PGSSLMODE": "require",
+    }
