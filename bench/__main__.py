@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sizes(scenario: Scenario, options: argparse.Namespace, *, smoke: bool) -> dict[str, Any]:
-    given = vars(options)
+    """What was asked for, if this scenario was; else its own."""
+    given = vars(options) if options.command == scenario.name else {}
     return {name: given.get(name, value) for name, value in scenario.sizes(smoke=smoke).items()}
 
 

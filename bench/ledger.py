@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 
 HEAD: Final = 16
-REQUESTS, DISTINCT, OPEN, FOREIGN = range(4)  # counters, all kept by the receiver
+REQUESTS, DISTINCT, OPEN, FOREIGN, ACCEPTED = range(5)  # counters, all kept by the receiver
 REPEATS_MAX: Final = 255  # of one delivery; a byte each
 NEVER: Final = 0
 

@@ -25,6 +25,7 @@ from typing import Any, Final
 import uvloop
 
 from bench.ledger import (
+    ACCEPTED,
     DISTINCT,
     FOREIGN,
     GROUP_DIGITS,
@@ -89,6 +90,7 @@ class Told:
         self.opened += change
         if self.ledger is not None:
             self.ledger.head[OPEN] = self.opened
+            self.ledger.head[ACCEPTED] += change > 0
 
 
 def answer(status: int) -> bytes:

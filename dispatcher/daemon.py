@@ -176,6 +176,7 @@ def _engine_settings(config: Config) -> EngineSettings:
         header_prefix=config.brand.header_prefix,
         events_kept_s=config.retention.events_s,
         attempts_kept_s=config.retention.attempts_s,
+        disable_after_s=config.auto_disable.after_s,
     )
 
 
@@ -253,6 +254,7 @@ async def run(
     guard = Guard(config.network.allow, config.network.allow_http)
     transport = Transport(
         settings=TransportSettings(
+            idle_connections_max=config.delivery.max_in_flight,  # fewer, and a full load would dial again and again
             ca_file=config.network.ca_file or None,
             proxy=config.network.proxy or None,
             source_address=config.network.source_address or None,

@@ -13,15 +13,15 @@ from typing import Any, Final
 
 import asyncpg
 
-from bench.lab import Cell, Lab
+from bench.lab import Cell, Lab, between
 from bench.producer import DATA
 from bench.report import Report
 from bench.scenario import Option, Sizes
 
 QUESTION = "what does waking the dispatcher cost the applications that write?"
 OPTIONS = (
-    Option("seconds", 5, 1, "per cell"),
-    Option("rounds", 2, 1, "turns of each kind, pooled"),
+    Option("seconds", 2, 1, "of each turn"),
+    Option("rounds", 5, 1, "turns of each kind, pooled"),
     Option("writers", 32, 2, "at most; also 1 and a quarter of it"),
 )
 WRITE: Final = f"""
@@ -33,37 +33,50 @@ WRITE: Final = f"""
             written := written + 1;
         END LOOP;
     END $write$"""
-KINDS: Final = {
-    "no trigger": "ALTER TABLE dispatcher.outbox DISABLE TRIGGER wake",
-    "ours": "SELECT",
-    "always notify": """
-        CREATE OR REPLACE FUNCTION dispatcher.wake() RETURNS trigger LANGUAGE plpgsql AS
-        $wake$ BEGIN PERFORM pg_notify('dispatcher_wake', ''); RETURN NULL; END $wake$""",
-}
+SILENT: Final = "ALTER TABLE dispatcher.outbox DISABLE TRIGGER wake"
+SPEAKING: Final = "ALTER TABLE dispatcher.outbox ENABLE TRIGGER wake"
+OURS: Final = "SELECT pg_get_functiondef('dispatcher.wake()'::regprocedure)"
+ALWAYS: Final = """
+    CREATE OR REPLACE FUNCTION dispatcher.wake() RETURNS trigger LANGUAGE plpgsql AS
+    $wake$ BEGIN PERFORM pg_notify('dispatcher_wake', ''); RETURN NULL; END $wake$"""
+KINDS: Final = ("no trigger", "ours", "always notify")
 
 
 async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
-    """Every kind with every number of writers, in turns."""
+    """Every kind with every number of writers, in short turns on one database: what drifts, drifts for all."""
     many = sizes["writers"]
     counts = sorted({1, max(1, many // 4), many})
     seconds, rounds = sizes["seconds"], sizes["rounds"]
     written: dict[tuple[str, int], int] = dict.fromkeys(((kind, n) for kind in KINDS for n in counts), 0)
-    for _ in range(rounds):
-        for kind in KINDS:
-            async with lab.cell(kind, events=1, endpoints=0) as cell:
-                await cell.connection.execute(WRITE)
-                await cell.connection.execute(KINDS[kind])
-                await cell.daemon.start()
-                await cell.daemon.ready()
-                for writers in counts:
+    daemon_s = dict.fromkeys(KINDS, 0.0)
+    async with lab.cell("producers", events=1, endpoints=0) as cell:
+        await cell.connection.execute(WRITE)
+        ours = await cell.connection.fetchval(OURS)
+        switch = {"no trigger": SILENT, "ours": f"{SPEAKING}; {ours}", "always notify": f"{SPEAKING}; {ALWAYS}"}
+        await cell.daemon.start()
+        await cell.daemon.ready()
+        for _ in range(rounds):
+            for writers in counts:
+                for kind in KINDS:
+                    await cell.connection.execute(switch[kind])
+                    before = cell.meter.take()
                     written[kind, writers] += await _write(cell, report, writers, seconds)
+                    daemon_s[kind] += between(before, cell.meter.take()).daemon_s or 0.0
     rates = {key: count / (seconds * rounds) for key, count in written.items()}
+    _judge(report, rates, counts)
+    total_s = seconds * rounds * len(counts)
+    shares = ", ".join(f"{kind} {spent_s / total_s:.0%}" for kind, spent_s in daemon_s.items())
+    report.note(f"the daemon, which reads all of it, took this much of a core meanwhile: {shares}")
+
+
+def _judge(report: Report, rates: dict[tuple[str, int], float], counts: list[int]) -> None:
     for kind in KINDS:
         report.row(kind, {f"{n} writers, events/s": rates[kind, n] for n in counts})
-    for kind in ("ours", "always notify"):
+    for kind in KINDS[1:]:
         shares = {n: rates[kind, n] / max(rates["no trigger", n], 1e-6) for n in counts}
         report.row(f"{kind}, of no trigger", {f"{n} writers, events/s": share for n, share in shares.items()})
         if kind == "ours":
+            many = counts[-1]
             report.bar(f"ours at {many} writers, in proportion to no trigger", shares[many], at_least=0.85)
 
 

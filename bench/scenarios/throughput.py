@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from bench.lab import Lab, Mix
-from bench.ledger import NEVER
+from bench.ledger import ACCEPTED, NEVER
 from bench.receiver import Behaviour
 from bench.report import Report
 from bench.scenario import Option, Sizes
@@ -19,6 +19,7 @@ QUESTION = "how many deliveries per second, and what does each cost?"
 OPTIONS = (
     Option("events", 200_000, 2_000, "deliveries per cell (a tenth of the events at a fan-out of 10)"),
     Option("endpoints", 100, 20, "webhooks"),
+    Option("cell", "", "", "one of the four: its fan-out and delay, like 10x50; else all four"),
 )
 SLOW_S: Final = 0.05
 IN_FLIGHT_MAX: Final = 2000  # the configuration's default, and
@@ -29,6 +30,8 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
     """Four cells: fan-out 1 and 10, endpoints that answer at once and after 50 ms."""
     for delay_s in (0.0, SLOW_S):
         for fanout in (1, 10):
+            if sizes["cell"] not in {"", f"{fanout}x{delay_s * 1e3:.0f}"}:
+                continue
             name = f"fan-out {fanout}, {delay_s * 1e3:.0f} ms"
             values = await drain(lab, report, name, sizes["events"], sizes["endpoints"], fanout=fanout, delay_s=delay_s)
             _judge(report, name, values, sizes["endpoints"], delay_s)
@@ -55,6 +58,7 @@ async def drain(
             "whole drain/s": len(came) / whole_s if whole_s else None,
             **steady.per(steady.requests),
             "RSS MB": cell.meter.rss_max_mb,
+            "connections": cell.ledger.head[ACCEPTED],
             "duplicates": balance.duplicates,
         }
     report.row(name, values)

@@ -12,6 +12,7 @@ from typing import Final
 import click
 
 from dispatcher import __version__
+from dispatcher.cli.deliveries import deliveries
 from dispatcher.cli.events import events, trigger
 from dispatcher.cli.listen import listen
 from dispatcher.cli.output import (
@@ -52,7 +53,7 @@ def main() -> None:
     """
 
 
-for room in (webhooks, events, trigger, listen, sign, verify):
+for room in (webhooks, deliveries, events, trigger, listen, sign, verify):
     main.add_command(room)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -11,14 +12,18 @@ import click
 
 from dispatcher.cli.asking import browse, connected, part, read_secret, show_one, tell_more
 from dispatcher.cli.output import (
+    FAILED,
+    Failure,
     examples,
     for_programs,
     hint,
+    is_plain,
     json_option,
     print_json,
     print_record,
     print_table,
     refuse,
+    text_argument,
     warn,
 )
 
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 
 RESETTABLE: Final = ("retry", "max_concurrency", "rate_limit", "timeout_s")
 SECRET_ADVISED_CHARACTERS: Final = 24
+WATCH_S: Final = 0.5
 
 
 @click.group()
@@ -263,3 +269,174 @@ def _show_status(webhook: Mapping[str, Any], as_json: bool) -> None:
         print_json(webhook)
     else:
         click.echo(f"{webhook['id']} is {webhook['status']}")
+
+
+# ── trying out, replacing the secret, replaying, looking back ──────────────────────────────────────────────────────
+
+
+@webhooks.command(
+    "test",
+    epilog=examples("trackpost webhooks test wh_…", "trackpost webhooks test wh_… --type email.bounced --data @b.json"),
+)
+@click.argument("webhook_id", metavar="ID")
+@click.option("--type", "type_", metavar="TYPE", help="Which event's sample to send. [default: one it asks for]")
+@click.option("--data", metavar="JSON|@FILE|-", help="Your own data in place of the sample.")
+@json_option
+@connected
+async def try_webhook(api: Api, webhook_id: str, *, type_: str | None, data: str | None, as_json: bool) -> None:
+    """Send one event now and show what your endpoint answers. It is in no log and is not retried.
+
+    Ends with exit code 1 unless the answer is 2xx.
+    """
+    body: dict[str, Any] = {} if type_ is None else {"type": type_}
+    if data is not None:
+        body["data"] = _parsed(text_argument(data, "--data"))
+    told = await api.call("POST", "webhooks", webhook_id, "test", body=body)
+    if for_programs(as_json):
+        print_json(told)
+    else:
+        names = ("type", "status", "error", "latency_ms", "body_style", "response_headers", "response_body")
+        print_record({name: told[name] for name in names if told[name] not in (None, {})})
+        _advise(webhook_id, told)
+    if not told["delivered"]:
+        raise click.exceptions.Exit(FAILED)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        refuse(f"expected JSON: {error}", "--data")
+
+
+def _advise(webhook_id: str, told: Mapping[str, Any]) -> None:
+    accepted = told["body_style_accepted"]
+    if not told["delivered"] and accepted == told["body_style"]:
+        hint("Your handler still verifies with the previous secret.")
+    elif not told["delivered"] and accepted is not None:
+        hint(
+            f"Your handler accepts the other body style: trackpost webhooks update {webhook_id} --body-style {accepted}"
+        )
+
+
+@webhooks.command(
+    "rotate-secret",
+    epilog=examples("trackpost webhooks rotate-secret wh_…", "trackpost webhooks rotate-secret wh_… --grace 0"),
+)
+@click.argument("webhook_id", metavar="ID")
+@click.option("--secret-file", metavar="FILE|-", help="A file with the new secret, or standard input.")
+@click.option("--secret", metavar="SECRET", help="The new secret. Shows in ps and in the shell's history.")
+@click.option("--grace", type=float, metavar="SECONDS", help="How long the old one signs as well. [default: a day]")
+@json_option
+@connected
+async def rotate_secret(
+    api: Api, webhook_id: str, *, secret: str | None, secret_file: str | None, grace: float | None, as_json: bool
+) -> None:
+    """Replace the secret; without one of yours, a new one is made and printed.
+
+    For a day requests carry signatures by both, so that your handler can change over in between.
+    """
+    options = {"secret": secret, "secret_file": secret_file, "no_secret": False}
+    body: dict[str, Any] = {**_secret(options), **({} if grace is None else {"grace_s": grace})}
+    made = await api.call("POST", "webhooks", webhook_id, "rotate-secret", body=body)
+    if for_programs(as_json):
+        print_json(made)
+        return
+    print_record({name: made[name] for name in ("id", "secret", "previous_secret_expires_at")})
+    hint("Give the secret to your handler before the old one ends.")
+
+
+@webhooks.command(
+    "replay",
+    epilog=examples(
+        "trackpost webhooks replay wh_… --since 2025-01-15T10:00:00Z --status failed --dry-run",
+        "trackpost webhooks replay wh_… --since 2025-01-01T00:00:00Z --status missed --types email.bounced",
+    ),
+)
+@click.argument("webhook_id", metavar="ID")
+@click.option("--since", required=True, metavar="TIME", help="Events from then on, like 2025-01-15T10:30:00Z.")
+@click.option("--until", metavar="TIME", help="Events before then. [default: now]")
+@click.option(
+    "--status",
+    required=True,
+    type=click.Choice(["failed", "missed", "all"]),
+    help="failed: given up. missed: never arrived, those from before the webhook existed included.",
+)
+@click.option("--types", multiple=True, metavar="A,B", help="Only events of these types. Repeatable.")
+@click.option("--dry-run", is_flag=True, help="Count them and send nothing.")
+@click.option("--no-wait", is_flag=True, help="Begin and return; do not wait for the end.")
+@json_option
+@connected
+async def replay_events(
+    api: Api,
+    webhook_id: str,
+    *,
+    since: str,
+    until: str | None,
+    status: str,
+    types: tuple[str, ...],
+    dry_run: bool,
+    no_wait: bool,
+    as_json: bool,
+) -> None:
+    """Send old events as new deliveries, and wait until all are queued.
+
+    Interrupting this does not end the replay.
+    """
+    body: dict[str, Any] = {"since": since, "status": status, "dry_run": dry_run}
+    body |= {"until": until} if until else {}
+    body |= {"types": _listed(types)} if types else {}
+    begun = await api.call("POST", "webhooks", webhook_id, "replay", body=body)
+    if not dry_run and not no_wait:
+        begun = await _watch(api, webhook_id, begun)
+    if for_programs(as_json):
+        print_json(begun)
+    elif dry_run:
+        click.echo(f"{'at least ' if begun['is_lower_bound'] else ''}{begun['count']} events would be sent")
+    else:
+        click.echo(f"{begun['id']} is {begun['status']}: {begun['queued']} queued of {begun['looked']} looked at")
+    if not dry_run and begun["status"] == "cancelled":
+        raise Failure(begun["reason"])
+
+
+async def _watch(api: Api, webhook_id: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Follow a replay to its end, with a bar for people, on standard error."""
+    import asyncio
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    console = Console(stderr=True, no_color=is_plain())
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("replaying", total=1.0)
+        while job["status"] == "running":
+            progress.update(task, completed=job["progress"], description=f"{job['queued']} queued")
+            await asyncio.sleep(WATCH_S)
+            job = await api.call("GET", "webhooks", webhook_id, "replays", job["id"])
+    return job
+
+
+@webhooks.command("stats", epilog=examples("trackpost webhooks stats wh_… --window 7d"))
+@click.argument("webhook_id", metavar="ID")
+@click.option("--window", default="24h", show_default=True, metavar="DURATION", help="How far back: 1m to 30d.")
+@json_option
+@connected
+async def show_stats(api: Api, webhook_id: str, *, window: str, as_json: bool) -> None:
+    """Show how a webhook has fared: how its deliveries ended, and how long it took to answer."""
+    stats = await api.call("GET", "webhooks", webhook_id, "stats", query={"window": window})
+    if for_programs(as_json):
+        print_json(stats)
+        return
+    rate = stats["success_rate"]
+    print_record(
+        {
+            "from": stats["from"] + ("" if stats["complete"] else " (there were too many to go further back)"),
+            **stats["deliveries"],
+            "success rate": None if rate is None else f"{rate:.1%}",
+            "attempts": stats["attempts"],
+            "by result": stats["attempts_by_result"],
+            "p50 ms": stats["latency_ms"]["p50"],
+            "p95 ms": stats["latency_ms"]["p95"],
+        }
+    )

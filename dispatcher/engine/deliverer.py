@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from dispatcher.core.addresses import Guard
 from dispatcher.core.backoff import dead_delay_s, next_delay_s, retry_after_s
+from dispatcher.core.catalogue import OWN_TYPES
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.lanes import Lane, Lanes, Offer
 from dispatcher.core.outcome import RELEASED, Outcome, Verdict, judge
@@ -476,7 +477,7 @@ class Deliverer:
         subscriber = delivery.subscriber
         subscriber.lane.observe(attempt.duration_s)
         number = delivery.attempts + 1
-        if number == 1 and attempt.sent_at:
+        if number == 1 and attempt.sent_at and not delivery.generation:  # a replay's age says nothing of us
             telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - delivery.event.written_at.timestamp()))
         if verdict is Verdict.DELIVERED:
             state = _DELIVERED
@@ -491,7 +492,9 @@ class Deliverer:
             self._ledger.disable(subscriber.endpoint.id, "the endpoint answered 410 Gone")
         telemetry.deliveries[state] += 1
         self._ledger.attempt(delivery, attempt, state, number, attempt.error)
-        self._ledger.learn(subscriber.endpoint, state, subscriber.error)
+        # What a webhook makes of our own news teaches nothing: there would be news of news without end.
+        if delivery.event.payload.type not in OWN_TYPES:
+            self._ledger.learn(subscriber.endpoint, state, subscriber.error)
         if state is not _RETRYING:
             self._settled(delivery)
 

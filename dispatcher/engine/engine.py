@@ -30,6 +30,7 @@ from dispatcher.engine.deliverer import Deliverer, Delivery
 from dispatcher.engine.leases import Instance, Listener
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.outbox import PAGE_ROWS, SAFETY_S, OutboxReader
+from dispatcher.engine.replays import Replays
 from dispatcher.engine.retries import Retries
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
@@ -74,6 +75,7 @@ class EngineSettings:
     header_prefix: str = "X-Trackpost-"
     events_kept_s: float = 30 * 86400.0
     attempts_kept_s: float = 30 * 86400.0
+    disable_after_s: float | None = 5 * 86400.0  # of nothing but failures; None: never
 
 
 class Engine:
@@ -118,6 +120,7 @@ class Engine:
             in_flight_max=settings.max_in_flight,
         )
         self.ledger = Ledger(self.telemetry, loop, buffered_max=BUFFERED_MAX)
+        self.ledger.disable_after_s = settings.disable_after_s
         self.deliverer = Deliverer(
             lanes=lanes,
             ledger=self.ledger,
@@ -145,6 +148,7 @@ class Engine:
     def reconfigure(self, settings: EngineSettings, guard: Guard) -> None:
         """Take changed settings over while running: limits and timings at once, webhook defaults with the next registry."""
         self.settings = settings
+        self.ledger.disable_after_s = settings.disable_after_s
         lanes = self.deliverer.lanes
         lanes.queued_max = lanes.lane_queued_max = settings.max_queued
         lanes.retries_queued_max = settings.max_queued // RETRIES_SHARE
@@ -271,7 +275,17 @@ class Engine:
         self.deliverer.on_hungry = retries.hungry
         self.deliverer.on_dismissed = retries.orphaned
         self.ledger.on_commit = retries.committed
+        replays = Replays(self.settings.dsn)
+
+        def told(payload: str) -> None:
+            numbers = payload.split()
+            if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+                retries.told(int(numbers[0]), int(numbers[1]))
+            else:
+                replays.told()
+
         state = await self._take_over(shard, endpoints, reader)
+        listener.on_pending = told  # before looking for what is held: nothing falls in between
         await retries.start()
         self.ledger.cursor = reader.cursor
         self._reader, self._retries = reader, retries
@@ -293,6 +307,7 @@ class Engine:
                 group.create_task(listener.run(), name="listener"),
                 group.create_task(self._upkeep(upkeep, registry_lock, reader), name="upkeep"),
                 group.create_task(self._retain(), name="retention"),
+                group.create_task(replays.run(), name="replays"),
                 group.create_task(_raise_when(lost), name="connections"),
             ]
             group.create_task(self.ledger.run(shard, endpoints, self._epoch), name="ledger")

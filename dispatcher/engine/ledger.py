@@ -93,6 +93,7 @@ class Ledger:
         self.on_commit: Callable[[Committed], None] = lambda committed: None
         self.cursor: Callable[[], Cursor | None] = lambda: None  # asked at each flush: how far everything is resolved
         self._written: Cursor | None = None
+        self.disable_after_s: float | None = None  # of nothing but failures; None: never
 
     # ── what happened, synchronously ───────────────────────────────────────────────────────────────────────────────
 
@@ -178,6 +179,8 @@ class Ledger:
         else:
             now = datetime.now(UTC)
             since = old.failing_since if old and old.failing_since else now
+            if self.disable_after_s is not None and (now - since).total_seconds() >= self.disable_after_s:
+                self.disable(endpoint.id, f"nothing but failures since {since:%Y-%m-%dT%H:%M:%SZ}: {_storable(error)}")
             exhausted = old.exhausted_at if old else None
             if exhausted is None and state == _EXHAUSTED:
                 exhausted = now

@@ -1,8 +1,8 @@
 """Replays, moved on a step at a time, on a connection of their own.
 
-Nothing of a replay is in memory: a job is a row, and a step is a transaction that locks it. So a step that is cut off has
-not happened, two engines cannot take the same one, and whoever is active goes on. The rows a step leaves behind are held
-ones, which the backlogs pull as their webhook can take them.
+Nothing of a replay is in memory: a job is a row, and a step is a transaction that locks it. So a step that is cut off
+has not happened, two engines cannot take the same one, and whoever is active goes on. The rows a step leaves behind are
+held ones, which the backlogs pull as their webhook can take them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Replays:
                 pass
 
     async def _work(self, replays: ReplayStore) -> None:
-        """Until no job is under way. Each gets one step a round, so that a long one does not keep the others waiting."""
+        """Until no job is under way. Each gets one step a round, so that a long one keeps nobody waiting."""
         while jobs := await replays.running():
             for job in jobs:
                 await replays.step(job)

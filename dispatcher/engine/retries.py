@@ -88,6 +88,7 @@ class Retries:
         self._hungry: dict[Subscriber, None] = {}  # in the order they became so
         self._gone: set[DeliveryKey] | None = None  # while a pull is under way: what left memory meanwhile
         self._orphans: dict[int, tuple[int, int]] = {}  # endpoint id of a webhook gone or disabled -> pulled up to
+        self._told: dict[int, int] = {}  # endpoint id -> version of the registry that whoever told us had seen
         self._wake = asyncio.Event()
         self.progress_at = self._loop.time()
 
@@ -208,6 +209,8 @@ class Retries:
 
     def _notice(self) -> None:
         """Webhooks whose death is over, or that were forgotten about, are hungry again."""
+        if self._told:
+            self._wake.set()
         now = self._loop.time()
         for subscriber in self._deliverer.subscribers.values():
             if subscriber.held and not subscriber.lane.paused:
@@ -219,6 +222,28 @@ class Retries:
 
     # ── backlogs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def told(self, endpoint_id: int, version: int) -> None:
+        """Somebody else has committed held rows for a webhook, and had seen this version of the registry."""
+        self._told[endpoint_id] = max(version, self._told.get(endpoint_id, version))
+        self._wake.set()
+
+    def _heed(self) -> None:
+        """Take up what we were told, once our registry is as new: a webhook just made or resumed is not gone."""
+        registry = self._registry()
+        for endpoint_id in [key for key, version in self._told.items() if version <= registry.version]:
+            del self._told[endpoint_id]
+            endpoint = registry.by_id(EndpointId(endpoint_id))
+            if endpoint is None or endpoint.status is EndpointStatus.DISABLED:
+                self.orphaned(endpoint_id)
+                continue
+            subscriber = self._deliverer.subscriber(endpoint)
+            subscriber.held = True
+            # What happens now need not wait behind old events, unless order was promised.
+            subscriber.backlog = subscriber.backlog or endpoint.ordered
+            subscriber.parks += 1  # a pull under way does not prove that nothing is held
+            subscriber.rewind()
+            self.hungry(subscriber)
+
     async def run_backlogs(self) -> None:
         """Pull for the hungry until cancelled."""
         while True:
@@ -229,6 +254,7 @@ class Retries:
     async def turn_backlogs(self) -> None:
         """Pull once for all that are hungry now, as far as there is room."""
         self._wake.clear()
+        self._heed()
         self._gone = set()
         try:
             await self._pull()

@@ -221,7 +221,8 @@ def _schedule(raw: str | None, defaults: EndpointDefaults) -> tuple[float, ...]:
 
 
 def _still_to_come(at: datetime | None) -> datetime | None:
-    return at if at is not None and at > datetime.now(UTC) else None
+    # asyncpg spells infinity without a zone, and no call of ours writes it.
+    return at if at is not None and at.tzinfo is not None and at > datetime.now(UTC) else None
 
 
 def _settings(change: EndpointChange) -> tuple[Any, ...]:

@@ -9,7 +9,8 @@ what changed last. Its cursors are opaque, ids of entries do as well, and what i
 front.
 
 Requests are not stored. What was sent is made again of the event and of the webhook as it is now, byte for byte the
-same as long as its URL, headers and body style have not been changed: `webhook_changed` says whether they may have been.
+same as long as its URL, headers and body style have not been changed: `webhook_changed` says whether they may have
+been.
 Signatures and the timestamp they cover are not made again.
 """
 
@@ -153,7 +154,9 @@ class Deliveries:
         return answer(await self._whole(request, await self._found(request)))
 
     @operation(
-        "Deliveries", answers={201: Answer(DeliveryAnswer, headers=("Location",))}, problems=["webhook_disabled"]
+        "Deliveries",
+        answers={201: Answer(DeliveryAnswer, headers=("Location",))},
+        problems=["webhook_disabled", "event_gone"],
     )
     async def retry(self, request: web.Request) -> web.Response:
         """Deliver its event to its webhook once more: 201 with a new delivery, whatever became of the old one."""

@@ -41,7 +41,7 @@ from dispatcher.web.parts import Web
 from dispatcher.web.problems import FieldError, Problem, invalid
 
 POLL_S: Final = 0.1  # a person watches; 1 ms of PostgreSQL's time each
-AGAIN_S: Final = 1.0
+AGAIN_S: Final = 2.0  # 60 µs of PostgreSQL for each webhook of an account that listens
 BUSY_S: Final = 0.01  # between two pages when one was full
 TROUBLE_S: Final = 1.0  # the database is away
 JOIN_S: Final = 5.0  # the database takes longer than this only when it is away

@@ -49,13 +49,17 @@ PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
     "conflict": (409, "The webhook is being changed by others at this moment: try again."),
     "idempotency_conflict": (409, "The Idempotency-Key was used within 24 hours with another type or other data."),
     "webhook_disabled": (409, "A disabled webhook receives nothing: resume it first."),
+    "event_gone": (409, "The event is older than the retention of events."),
+    "too_many_replays": (409, "As many replays of this webhook as may run at once do so already."),
     "precondition_failed": (412, "The webhook has another version than If-Match names: read it again."),
     "too_large": (413, "The body is larger than 1 MiB."),
     "unsupported_media_type": (415, "The body is not declared as application/json."),
     "invalid_request": (422, "Something cannot be meant that way; `errors` names every field that is wrong."),
     "rate_limited": (429, "This API key makes too many requests; `Retry-After` says how long to wait."),
     "too_many_listeners": (429, "The account, or everybody together, listens on too many connections already."),
+    "too_many_tests": (429, "Too many tests are under way: try again after `Retry-After`."),
     "internal_error": (500, "Our fault. It was logged under the answer's `X-Request-Id`."),
+    "not_sent": (503, "The test could not be sent, for a reason of ours that `detail` names."),
     "unavailable": (503, "The database cannot be reached right now: try again after `Retry-After`."),
 }
 """Each code with its status and when it occurs."""
@@ -119,6 +123,7 @@ class Operation:
     tag: str
     answers: Mapping[int, Answer]
     body: Any
+    is_body_needed: bool
     parameters: tuple[Parameter, ...]
     problems: tuple[str, ...]
     is_public: bool
@@ -129,6 +134,7 @@ def operation(
     *,
     answers: Mapping[int, Any],
     body: Any = None,
+    body_required: bool = True,
     parameters: Iterable[Parameter] = (),
     problems: Iterable[str] = (),
     public: bool = False,
@@ -137,12 +143,13 @@ def operation(
 
     `answers` are the successful ones by status: a type, `PageOf` one, None for no body, or an `Answer`. `body` is the
     type that `read_body` gets. `problems` are codes beyond those that every call of its kind has (see `problems_of`).
-    `public` needs no key.
+    `public` needs no key; without `body_required` a call may have no body at all.
     """
     said = Operation(
         tag,
         {status: kind if isinstance(kind, Answer) else Answer(kind) for status, kind in answers.items()},
         body,
+        body_required,
         tuple(parameters),
         tuple(problems),
         public,
@@ -217,7 +224,7 @@ def _operation(path: str, handler: Any, said: Operation, schemas: _Schemas) -> J
         "responses": _responses(path, said, schemas),
     }
     if said.body is not None:
-        document["requestBody"] = {"required": True, "content": {JSON: schemas.content(said.body)}}
+        document["requestBody"] = {"required": said.is_body_needed, "content": {JSON: schemas.content(said.body)}}
     if said.is_public:
         document["security"] = []
     return document

@@ -88,7 +88,7 @@ class Replays:
         "Deliveries",
         body=NewReplay,
         answers={200: PreviewAnswer, 202: Answer(ReplayAnswer, headers=("Location",))},
-        problems=["webhook_disabled"],
+        problems=["webhook_disabled", "too_many_replays"],
     )
     async def create(self, request: web.Request) -> web.Response:
         """Begin a replay: 202 with it. With dry_run, count: 200."""

@@ -91,7 +91,13 @@ class Trials:
         """Paths below /v1."""
         return [web.post("/webhooks/{id:[A-Za-z0-9_-]{1,64}}/test", self.create)]
 
-    @operation("Webhooks", body=NewTrial, answers={200: TrialAnswer})
+    @operation(
+        "Webhooks",
+        body=NewTrial,
+        body_required=False,
+        answers={200: TrialAnswer},
+        problems=["too_many_tests", "not_sent"],
+    )
     async def create(self, request: web.Request) -> web.Response:
         """Send now, and tell what happened: 200 whatever it was."""
         no_query(request)

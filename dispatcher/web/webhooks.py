@@ -286,7 +286,14 @@ class Webhooks:
             raise not_found("webhook")
         return answer(SecretAnswer(secret=found.current))
 
-    @operation("Webhooks", body=Rotation, parameters=[IF_MATCH], answers={200: _CHANGED}, problems=_CHANGE)
+    @operation(
+        "Webhooks",
+        body=Rotation,
+        body_required=False,
+        parameters=[IF_MATCH],
+        answers={200: _CHANGED},
+        problems=_CHANGE,
+    )
     async def rotate_secret(self, request: web.Request) -> web.Response:
         """Replace the secret; the old one signs on for a day, or for `grace_s`. The answer carries the new one."""
         no_query(request)

@@ -180,7 +180,8 @@ async def test_the_python_style_and_a_secret_of_ones_own(
 async def test_what_goes_wrong_locally_is_told_and_goes_on(api: Api, app: asyncpg.Connection, start: Start) -> None:
     async with Receiver() as local:
         listening = await start("--forward-to", f"{local.url}/express", "--events", "email.*")
-        await listening.next("connected")  # the receiver does not know the secret
+        local.secrets["express"] = "whsec_" + "QUJD" * 8
+        await listening.next("connected")
         await emit(app, "domain.verified")
         await emit(app, "email.sent")
         assert (await listening.next("answer"))["status"] == 401
@@ -235,15 +236,19 @@ def test_what_is_no_url_is_refused(url: str) -> None:
 async def test_people_see_a_line_in_and_a_line_out(api: Api, app: asyncpg.Connection, shell: Shell) -> None:
     ours, theirs = pty.openpty()
     env = {"TRACKPOST_API_URL": f"http://{api.address}", "TRACKPOST_API_KEY": api.key, "TERM": "xterm", "NO_COLOR": "1"}
-    shown = ""
+    shown, reader = "", asyncio.StreamReader()
+    terminal, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", 0)
+    )
 
     async def until(text: str) -> None:
         nonlocal shown
         async with asyncio.timeout(PATIENCE_S):
             while text not in shown:
-                shown += (await asyncio.to_thread(os.read, ours, 65536)).decode()
+                shown += (await reader.read(65536)).decode()
 
     async with Receiver() as local:
+        local.secrets["express"] = "whsec_" + "QUJD" * 8
         streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
         with shell.start("trackpost", "listen", "--forward-to", f"{local.url}/express", env=env, **streams) as process:
             await until("Signing secret of this session: whsec_")
@@ -254,7 +259,7 @@ async def test_people_see_a_line_in_and_a_line_out(api: Api, app: asyncpg.Connec
             process.send_signal(signal.SIGINT)
             await until("1 event, 1 not accepted")
             assert await asyncio.to_thread(process.wait, PATIENCE_S) == 0
-    os.close(ours)
+    terminal.close()
     os.close(theirs)
 
 

@@ -10,16 +10,37 @@ FROM (SELECT) AS one LEFT JOIN dispatcher.endpoint e ON true LEFT JOIN dispatche
 SELECT endpoint_id, failing_since, exhausted_at, last_error FROM dispatcher.endpoint_health;
 
 -- name: learn
-INSERT INTO dispatcher.endpoint_health AS h (endpoint_id, failing_since, exhausted_at, last_error, updated_at)
-SELECT u.id, u.since, u.exhausted, u.error, now()
-FROM unnest($1::integer[], $2::timestamptz[], $3::timestamptz[], $4::text[]) AS u (id, since, exhausted, error)
-JOIN dispatcher.endpoint e ON e.id = u.id
-ON CONFLICT (endpoint_id) DO UPDATE SET failing_since = excluded.failing_since, exhausted_at = excluded.exhausted_at,
-    last_error = excluded.last_error, updated_at = excluded.updated_at;
+-- The first delivery given up since the last success is news for the account. It is told by the change of the row (which the
+-- outer statement still sees as it was), so what is written twice is told once.
+WITH u AS (
+    SELECT * FROM unnest($1::integer[], $2::timestamptz[], $3::timestamptz[], $4::text[]) AS u (id, since, exhausted, error)
+), learnt AS (
+    INSERT INTO dispatcher.endpoint_health AS h (endpoint_id, failing_since, exhausted_at, last_error, updated_at)
+    SELECT u.id, u.since, u.exhausted, u.error, now() FROM u JOIN dispatcher.endpoint e ON e.id = u.id
+    ON CONFLICT (endpoint_id) DO UPDATE SET failing_since = excluded.failing_since, exhausted_at = excluded.exhausted_at,
+        last_error = excluded.last_error, updated_at = excluded.updated_at
+)
+INSERT INTO dispatcher.outbox (account, type, data)
+SELECT (SELECT a.name FROM dispatcher.account a WHERE a.id = e.account_id), 'webhook.failing',
+       json_build_object('webhook_id', e.public_id, 'url', e.url, 'reason', u.error,
+                         'since', to_char(u.since AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'))
+FROM u JOIN dispatcher.endpoint e ON e.id = u.id
+WHERE u.exhausted IS NOT NULL
+  AND (SELECT h.exhausted_at FROM dispatcher.endpoint_health h WHERE h.endpoint_id = u.id) IS NULL;
 
 -- name: disable
-UPDATE dispatcher.endpoint e SET status = 'disabled', disabled_reason = u.reason, updated_at = now(), version = e.version + 1
-FROM unnest($1::integer[], $2::text[]) AS u (id, reason) WHERE e.id = u.id AND e.status <> 'disabled';
+-- And let the account know: once, since only what changes is told.
+WITH changed AS (
+    UPDATE dispatcher.endpoint e SET status = 'disabled', disabled_reason = u.reason, updated_at = now(), version = e.version + 1
+    FROM unnest($1::integer[], $2::text[]) AS u (id, reason) WHERE e.id = u.id AND e.status <> 'disabled'
+    RETURNING e.id, e.account_id, e.public_id, e.url, e.disabled_reason
+)
+INSERT INTO dispatcher.outbox (account, type, data)
+SELECT (SELECT a.name FROM dispatcher.account a WHERE a.id = e.account_id), 'webhook.disabled',
+       json_build_object('webhook_id', e.public_id, 'url', e.url, 'reason', e.disabled_reason, 'since', to_char(
+           coalesce((SELECT h.failing_since FROM dispatcher.endpoint_health h WHERE h.endpoint_id = e.id), now()) AT TIME ZONE 'UTC',
+           'YYYY-MM-DD"T"HH24:MI:SS"Z"'))
+FROM changed e;
 
 -- name: create
 INSERT INTO dispatcher.endpoint (public_id, account_id, url, description, events, secret, headers, body_style, retry,

@@ -41,7 +41,8 @@ FROM (SELECT 1) AS one LEFT JOIN (
     JOIN dispatcher.endpoint w ON w.account_id = c.id
     CROSS JOIN LATERAL (
         SELECT endpoint_id, event_seq, event_xid, generation, at FROM dispatcher.attempt
-        WHERE endpoint_id = w.id AND at > $2 AND generation > 0 AND attempt = 1 ORDER BY at LIMIT $3::integer) AS sent
+        WHERE endpoint_id = w.id AND at > $2 AND at < now() + interval '1 hour'  -- the days to come need no look
+          AND generation > 0 AND attempt = 1 ORDER BY at LIMIT $3::integer) AS sent
     CROSS JOIN LATERAL (
         SELECT * FROM dispatcher.event WHERE xid = sent.event_xid AND seq = sent.event_seq LIMIT 1) AS e
 ) ON c.name = ANY ($1::text[]) ORDER BY sent.at;

@@ -120,12 +120,13 @@ CREATE VIEW dispatcher.event AS
 
 -- NOTIFY takes a cluster-wide lock over the WAL flush at commit, so it is spoken to a sleeper only. A dispatcher that
 -- sleeps holds this lock in shared mode: if the exclusive one is to be had, nobody sleeps and nobody needs telling.
-CREATE FUNCTION dispatcher.wake() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+-- Qualified names instead of a SET search_path, which would be switched there and back at every producer's INSERT.
+CREATE FUNCTION dispatcher.wake() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF pg_try_advisory_lock(1953656688, 0) THEN
-        PERFORM pg_advisory_unlock(1953656688, 0);
+    IF pg_catalog.pg_try_advisory_lock(1953656688, 0) THEN
+        PERFORM pg_catalog.pg_advisory_unlock(1953656688, 0);
     ELSE
-        PERFORM pg_notify('dispatcher_wake', '');
+        PERFORM pg_catalog.pg_notify('dispatcher_wake', '');
     END IF;
     RETURN NULL;
 END $$;

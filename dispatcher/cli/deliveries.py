@@ -1,0 +1,101 @@
+"""`trackpost deliveries`: what became of each event at a webhook, and once more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from dispatcher.cli.asking import browse, connected, part, tell_more
+from dispatcher.cli.output import examples, for_programs, hint, json_option, print_json, print_record, print_table
+
+if TYPE_CHECKING:
+    from dispatcher.cli.client import Api
+
+STATES: Final = ("pending", "in_flight", "retrying", "delivered", "exhausted", "discarded")
+CLASSES: Final = ("2xx", "3xx", "4xx", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol")
+
+
+@click.group()
+def deliveries() -> None:
+    """Deliveries: one event for one webhook each, with every attempt."""
+
+
+@deliveries.command(
+    "list",
+    epilog=examples(
+        "trackpost deliveries list wh_… --status exhausted",
+        "trackpost deliveries list wh_… --class 5xx --since 2025-01-15T10:00:00Z --all",
+    ),
+)
+@click.argument("webhook_id", metavar="WEBHOOK")
+@click.option("--status", type=click.Choice(STATES), help="Only in this state.")
+@click.option("--type", metavar="TYPE", help="Only events of this type.")
+@click.option("--event", "event_id", metavar="ID", help="Only of this event.")
+@click.option("--class", "status_class", type=click.Choice(CLASSES), help="Only where the last attempt came to this.")
+@click.option("--since", metavar="TIME", help="Last changed then or later, like 2025-01-15T10:30:00Z.")
+@click.option("--until", metavar="TIME", help="Last changed earlier.")
+@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True, help="How many.")
+@click.option("--after", metavar="CURSOR", help="Those that follow: the `next` of the page before.")
+@click.option("--all", "every", is_flag=True, help="All of them.")
+@json_option
+@connected
+async def list_deliveries(
+    api: Api, webhook_id: str, *, limit: int, after: str | None, every: bool, as_json: bool, **filters: str | None
+) -> None:
+    """List a webhook's deliveries: what waits first, then what changed last."""
+    query = part(limit, after) | {name: value for name, value in filters.items() if value is not None}
+    page = await browse(api, "webhooks", webhook_id, "deliveries", query=query, every=every)
+    if for_programs(as_json):
+        print_json(page)
+        return
+    print_table(
+        ("id", "status", "type", "attempts", "answer", "changed", "next"),
+        (
+            (d["id"], d["status"], d["event_type"], d["attempts"], _answer(d), d["updated_at"], d["next_attempt_at"])
+            for d in page["data"]
+        ),
+        empty="no deliveries",
+    )
+    tell_more(page)
+
+
+def _answer(delivery: Mapping[str, Any]) -> str:
+    return str(delivery["error"] or delivery["status_code"] or "–")
+
+
+@deliveries.command("get")
+@click.argument("delivery_id", metavar="ID")
+@json_option
+@connected
+async def get_delivery(api: Api, delivery_id: str, *, as_json: bool) -> None:
+    """Show one delivery with every attempt: what was sent, what came back."""
+    found = await api.call("GET", "deliveries", delivery_id)
+    if for_programs(as_json):
+        print_json(found)
+        return
+    apart = {"attempts", "request_body"}
+    print_record({name: value for name, value in found.items() if name not in apart and value is not None})
+    for attempt in found["attempts"]:
+        click.echo()
+        shown = {"attempt": attempt["number"], **{name: attempt[name] for name in ("at", "duration_ms", "result")}}
+        optional = ("status", "error", "response_headers", "response_body")
+        print_record(shown | {name: attempt[name] for name in optional if attempt[name]})
+    if found["request_body"] is not None:
+        click.echo()
+        print_record({"body": found["request_body"]})
+
+
+@deliveries.command("retry")
+@click.argument("delivery_id", metavar="ID")
+@json_option
+@connected
+async def retry_delivery(api: Api, delivery_id: str, *, as_json: bool) -> None:
+    """Send its event to its webhook once more, as a new delivery."""
+    made = await api.call("POST", "deliveries", delivery_id, "retry")
+    if for_programs(as_json):
+        print_json(made)
+        return
+    click.echo(f"{made['id']} is {made['status']}")
+    hint(f"See what becomes of it: trackpost deliveries get {made['id']}")

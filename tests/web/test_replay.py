@@ -1,0 +1,233 @@
+"""Old events for a webhook: chosen, counted, sent once each, and gone on with after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from counter import Desk, open_desk
+from house import until
+
+from dispatcher.store import replays
+from dispatcher.store.replays import ReplayStore
+
+if TYPE_CHECKING:
+    from tests.web.conftest import Api
+
+EVER = "2000-01-01T00:00:00Z"
+
+
+@pytest.fixture
+async def desk(api: Api, pool: Any, database: str) -> AsyncIterator[Desk]:
+    async with open_desk(api, pool, database) as desk:
+        yield desk
+
+
+async def ended(desk: Desk, webhook: str, job: dict[str, Any]) -> dict[str, Any]:
+    """A replay, once it is over."""
+
+    async def over() -> Any:
+        shown = await desk.ask("GET", f"/webhooks/{webhook}/replays/{job['id']}")
+        return shown if shown["status"] != "running" else None
+
+    shown: dict[str, Any] = await until(over)
+    return shown
+
+
+async def replay(desk: Desk, webhook: str, status: str, **more: Any) -> dict[str, Any]:
+    body = {"since": EVER, "status": status, **more}
+    made: dict[str, Any] = await desk.ask("POST", f"/webhooks/{webhook}/replay", body, status=202)
+    return made
+
+
+async def count(desk: Desk, webhook: str, status: str, **more: Any) -> int:
+    body = {"since": EVER, "status": status, "dry_run": True, **more}
+    found = await desk.ask("POST", f"/webhooks/{webhook}/replay", body)
+    assert (found["dry_run"], found["is_lower_bound"]) == (True, False)
+    return int(found["count"])
+
+
+async def test_a_new_webhook_is_filled_from_history(desk: Desk) -> None:
+    events = await desk.emit("email.sent", "email.opened", "email.sent")
+    await desk.emit("email.sent", account="default")  # somebody else's
+    webhook = await desk.webhook(events=["email.sent"])
+    await desk.start()
+    assert await count(desk, webhook, "missed") == 2
+    assert desk.receiver.arrivals == []
+    job = await replay(desk, webhook, "missed")
+    shown = await ended(desk, webhook, job)
+    assert (shown["status"], shown["looked"], shown["queued"], shown["progress"]) == ("done", 3, 2, 1.0)
+    found = await desk.settled(webhook, 2)
+    assert sorted(a.event_id for a in desk.receiver.arrivals) == sorted([events[0], events[2]])
+    assert all(each["redelivery"] for each in found)
+    assert await count(desk, webhook, "missed") == 0
+    assert await count(desk, webhook, "all") == 2
+
+
+async def test_failed_are_those_that_were_given_up_and_never_arrived(desk: Desk) -> None:
+    webhook = await desk.webhook()
+    desk.receiver.answer = lambda arrival: 400 if arrival.headers["X-Trackpost-Event"] == "email.opened" else 200
+    await desk.start()
+    sent, opened = await desk.emit("email.sent", "email.opened")
+    await desk.settled(webhook, 2)
+    desk.receiver.answer = lambda arrival: 200
+    assert await count(desk, webhook, "failed", types=["email.sent"]) == 0
+    assert await count(desk, webhook, "failed", types=["email.opened"]) == 1
+    await ended(desk, webhook, await replay(desk, webhook, "failed", types=["email.opened"]))
+    await until(lambda: len(desk.receiver.of(opened)) == 2)
+    await until(lambda: _delivered(desk, webhook, opened))
+    assert len(desk.receiver.of(sent)) == 1
+    assert await count(desk, webhook, "failed") == 0
+
+
+async def _delivered(desk: Desk, webhook: str, event: str) -> bool:
+    return bool(await desk.deliveries(webhook, event_id=event, status="delivered"))
+
+
+async def test_time_bounds_what_is_replayed(desk: Desk) -> None:
+    await desk.emit("email.sent")
+    webhook = await desk.webhook()
+    assert await count(desk, webhook, "all", until="2001-01-01T00:00:00Z") == 0
+    assert await count(desk, webhook, "all") == 1
+
+
+async def test_what_is_on_its_way_is_not_replayed(desk: Desk) -> None:
+    webhook = await desk.webhook()
+    await desk.ask("POST", f"/webhooks/{webhook}/pause")
+    await desk.start()
+    await desk.emit("email.sent")
+    await until(lambda: desk.deliveries(webhook, status="pending"))
+    for status in ("all", "failed", "missed"):
+        assert await count(desk, webhook, status) == 0
+
+
+async def test_what_may_still_be_in_memory_was_not_missed(desk: Desk) -> None:
+    webhook = await desk.webhook()
+    await desk.emit("email.sent")  # no engine runs: nobody knows of it yet
+    assert await count(desk, webhook, "missed") == 0
+    await desk.app.execute("UPDATE dispatcher.outbox SET written_at = written_at - interval '20 seconds'")
+    assert await count(desk, webhook, "missed") == 1
+
+
+async def test_a_replay_survives_a_restart_and_sends_each_event_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = [event for _ in range(12) for event in await desk.emit("email.sent")]
+    webhook = await desk.webhook()
+    job = await replay(desk, webhook, "missed")
+    first = ReplayStore(desk.app, step_events=5)  # a step, and then the engine that took it is gone
+    assert await first.step(job["id"])
+    halfway = await desk.ask("GET", f"/webhooks/{webhook}/replays/{job['id']}")
+    assert (halfway["status"], halfway["queued"]) == ("running", 5)
+    assert 0.0 < halfway["progress"] < 1.0
+    await desk.start()
+    assert (await ended(desk, webhook, job))["queued"] == 12
+    await desk.settled(webhook, 12)
+    assert sorted(arrival.event_id for arrival in desk.receiver.arrivals) == sorted(events)
+
+
+async def test_a_crash_in_the_midst_of_a_replay_loses_nothing(desk: Desk) -> None:
+    events = {event for _ in range(40) for event in await desk.emit("email.sent")}
+    webhook = await desk.webhook()
+    running = await desk.start()
+    await replay(desk, webhook, "missed")
+    await until(lambda: desk.receiver.arrivals)
+    await desk.house.crash(running)
+    await desk.start()
+    await until(lambda: {arrival.event_id for arrival in desk.receiver.arrivals} == events)
+    await desk.settled(webhook, 40)
+
+
+async def test_no_more_waits_at_a_webhook_than_a_step_makes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "HELD_MAX", 3)
+    for _ in range(9):
+        await desk.emit("email.sent")
+    webhook = await desk.webhook()
+    job = await replay(desk, webhook, "missed")
+    store = ReplayStore(desk.app, step_events=3)
+    assert [await store.step(job["id"]) for _ in range(3)] == [True, False, False]
+    assert await desk.house.pending() == 3
+
+
+async def test_live_events_do_not_wait_behind_a_replay(desk: Desk) -> None:
+    for _ in range(30):
+        await desk.emit("email.sent")
+    webhook = await desk.webhook(max_concurrency=1)
+    await desk.start()
+    gate = asyncio.Event()
+
+    async def answer() -> int:
+        await gate.wait()
+        return 200
+
+    desk.receiver.answer = lambda arrival: answer()
+    await replay(desk, webhook, "missed")
+    await until(lambda: len(desk.receiver.arrivals) == 1)
+    [live] = await desk.emit("email.opened")
+    key = await desk.key(webhook)
+    deliverer = desk.house.engines[0].engine.deliverer
+    await until(lambda: any(_event_of(entry) == live for entry in deliverer.subscribers[key].lane.todo))
+    assert not await desk.app.fetchval(
+        "SELECT count(*) FROM dispatcher.pending p JOIN dispatcher.outbox o ON o.seq = p.event_seq WHERE o.id = $1",
+        live,
+    )
+    gate.set()
+    await desk.settled(webhook, 31)
+
+
+def _event_of(entry: Any) -> str:
+    return str(getattr(entry, "item", entry).event.payload.event_id)
+
+
+async def test_a_disabled_webhook_is_not_replayed_to_and_ends_what_was_begun(desk: Desk) -> None:
+    await desk.emit("email.sent")
+    webhook = await desk.webhook()
+    job = await replay(desk, webhook, "missed")
+    await desk.app.execute("UPDATE dispatcher.endpoint SET status = 'disabled', disabled_reason = 'x'")
+    await desk.start()
+    shown = await ended(desk, webhook, job)
+    assert (shown["status"], shown["reason"]) == ("cancelled", "the webhook was disabled")
+    refused = await desk.api("POST", f"/v1/webhooks/{webhook}/replay", {"since": EVER, "status": "all"})
+    assert (refused.status, refused.json["code"]) == (409, "webhook_disabled")
+
+
+async def test_replays_of_one_webhook_are_bounded(desk: Desk) -> None:
+    webhook = await desk.webhook()
+    for _ in range(replays.RUNNING_MAX):
+        await replay(desk, webhook, "all")
+    refused = await desk.api("POST", f"/v1/webhooks/{webhook}/replay", {"since": EVER, "status": "all"})
+    assert (refused.status, refused.json["code"]) == (409, "too_many_replays")
+
+
+async def test_a_count_that_did_not_see_everything_says_so(desk: Desk) -> None:
+    await desk.emit("email.sent", "email.sent", "email.sent")
+    webhook = await desk.webhook()
+    endpoint = await desk.key(webhook)
+    choice = replays.Choice(
+        selection=replays.Selection.ALL, since=datetime(2000, 1, 1, tzinfo=UTC), until=datetime.now(UTC)
+    )
+    found = await ReplayStore(desk.app, count_events=2).preview(endpoint, choice)
+    assert found == replays.ReplayPreview(2, 2, False)
+
+
+async def test_what_makes_no_sense_is_refused(desk: Desk) -> None:
+    webhook = await desk.webhook()
+    wrong: list[tuple[dict[str, Any], list[str]]] = [
+        ({"status": "all"}, ["since"]),
+        ({"since": EVER}, ["status"]),
+        ({"since": "today", "status": "all"}, ["since"]),
+        ({"since": EVER, "status": "lost"}, ["status"]),
+        ({"since": "2999-01-01T00:00:00Z", "status": "all"}, ["since"]),
+        ({"since": EVER, "until": "1999-01-01T00:00:00Z", "status": "all"}, ["until"]),
+        ({"since": EVER, "status": "all", "types": []}, ["types"]),
+        ({"since": EVER, "status": "all", "types": ["x"]}, ["types[0]"]),
+        ({"since": EVER, "status": "all", "speed": 1}, ["speed"]),
+    ]
+    for body, fields in wrong:
+        answer = await desk.api("POST", f"/v1/webhooks/{webhook}/replay", body)
+        assert (answer.status, answer.fields) == (422, fields), body
+    for path in (f"/webhooks/{webhook}/replays/rpl_x", "/webhooks/wh_x/replays/rpl_x"):
+        assert (await desk.api("GET", f"/v1{path}")).status == 404
