@@ -171,7 +171,7 @@ class Sender:
     async def subscribe(self, handler: Handler, style: BodyStyle, secret: str = SECRET) -> None:
         account = await self.app.fetchval("SELECT id FROM dispatcher.account WHERE name = 'default'")
         change = EndpointChange(
-            url=handler.url, description="", events=["*"], headers={}, body_style=style, retry="none",
+            url=handler.url, description="", events=["email.*"], headers={}, body_style=style, retry="none",
             max_concurrency=None, rate_limit=None, ordered=False, timeout_s=None,
         )  # fmt: skip
         await self._endpoints.create(account, change, secret)

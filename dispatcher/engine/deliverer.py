@@ -555,13 +555,16 @@ class Deliverer:
             if any(_is_older(entry, page_before) for entry in subscriber.lane.todo):
                 self._put_back(self.lanes.release(subscriber.lane))
 
-    def spill_slow(self, patience_s: float) -> None:
-        """Hold the queues that will take longer than `patience_s`, or stand still for as long: the room is for webhooks that answer."""
-        before = self._loop.time() - patience_s
+    def spill_slow(self, drain_s: float, stalled_s: float) -> None:
+        """Hold the queues that will take longer than `drain_s`, or have stood still for `stalled_s`.
+
+        The room is for webhooks that answer.
+        """
+        before = self._loop.time() - stalled_s
         for subscriber in self.subscribers.values():
             lane = subscriber.lane
             if lane.todo and (
-                lane.drain_estimate_s() > patience_s
+                lane.drain_estimate_s() > drain_s
                 or (subscriber.answered_at < before and _is_older(lane.todo[0], before))
             ):
                 self._put_back(self.lanes.release(lane))

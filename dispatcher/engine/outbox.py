@@ -56,6 +56,7 @@ GENTLE_S: Final = 0.03
 SAFETY_S: Final = (1.0, 5.0)
 ROOM_S: Final = 0.002
 FAST_LANE_S: Final = 5.0  # a queue that is done within this is waited for, not spilled: half of all at 2,000/s
+STALLED_S: Final = 1.0  # what has stood still for so long is not fast any more, whatever it was
 FAST_LANE_PATIENCE_S: Final = 0.05
 CURSOR_EVERY_S: Final = 60.0
 
@@ -189,7 +190,7 @@ class OutboxReader:
             if self.registry_changed:
                 await self.reload()
             if not self._ledger.full:
-                self._deliverer.spill_slow(FAST_LANE_S)
+                self._deliverer.spill_slow(FAST_LANE_S, STALLED_S)
             await asyncio.sleep(ROOM_S)
 
     def _is_full(self) -> bool:

@@ -218,7 +218,7 @@ class Retries:
                 if window.health is not Health.DEAD or now >= window.dead_until:
                     self.hungry(subscriber)
         if self._hungry and self._room_for_pulled <= 0:
-            self._deliverer.spill_slow(STALL_S)
+            self._deliverer.spill_slow(STALL_S, STALL_S)
 
     # ── backlogs ───────────────────────────────────────────────────────────────────────────────────────────────────
 

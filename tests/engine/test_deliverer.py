@@ -292,7 +292,7 @@ async def test_every_delivery_is_settled_once_whatever_happens_in_whatever_order
             case "insure":
                 desk.deliverer.insure(desk.clock.now, due_s=dice.choice([0.0, 10.0]))
             case "spill":
-                dice.choice([lambda: desk.deliverer.spill_slow(1.0), lambda: desk.deliverer.spill_old(desk.clock.now)])()
+                dice.choice([lambda: desk.deliverer.spill_slow(1.0, 1.0), lambda: desk.deliverer.spill_old(desk.clock.now)])()
 
     for _ in range(400):
         await step()
