@@ -3,13 +3,14 @@
 **Owner.** A delivery has one owner at any instant: outbox row → lane → in flight → ledger → settled, or a pending row →
 wheel or backlog → lane. Whatever takes it over here takes it whole, without an await between looking and changing.
 
-**Where a delivery that cannot go waits.** In a pending row. A failed one is *due* at its time. One whose webhook is paused,
-dead, full or waits for its head (`ordered`) is *held*: due at infinity, pulled oldest first when the webhook can take
-more. As long as a webhook has a `backlog`, new deliveries queue up behind what is held.
+**Where a delivery that cannot go waits.** In a pending row. A failed one is *due* at its time. One whose webhook is
+paused, dead, full or waits for its head (`ordered`) is *held*: due at infinity, pulled oldest first when the webhook
+can take more. As long as a webhook has a `backlog`, new deliveries queue up behind what is held.
 
-**Conservation.** What was taken over is queued, in flight, or was handed on: to the ledger, which settles it or writes its
-pending row, or back to where it came from. `balance` says by how much that is off, and is zero at every step. What is in memory, the
-ledger's buffer included, and has or is about to get a pending row is in `rows`, until a commit says that only one of the two is left.
+**Conservation.** What was taken over is queued, in flight, or was handed on: to the ledger, which settles it or
+writes its pending row, or back to where it came from. `balance` says by how much that is off, and is zero at every
+step. What is in memory, the ledger's buffer included, and has or is about to get a pending row is in `rows`, until a
+commit says that only one of the two is left.
 
 **Never.** No exception of an endpoint's making passes here; nothing is dropped silently.
 """
@@ -41,7 +42,7 @@ from dispatcher.model import Attempt, DeliveryKey, DeliveryState, Endpoint, Endp
 from dispatcher.telemetry import Telemetry
 
 PULL_BELOW: Final = 64  # whoever has more than this queued is not asked whether it is hungry
-LANE_DUE_MAX: Final = 128  # retries that come due in a longer queue than this are held: each lane's part of the room for retries
+LANE_DUE_MAX: Final = 128  # retries that come due behind a longer queue are held: a lane's part of their room
 RELEASE_DELAY_S: Final = 1.0  # our own fault (no file descriptors, …): soon, but not in a spin
 FIRST_KEY: Final = (-1, -1)
 LAST_KEY: Final = (1 << 63, 0)
@@ -99,7 +100,14 @@ class Delivery:
     __slots__ = ("attempts", "era", "event", "generation", "other_secret", "page", "row", "sent_wall", "subscriber")
 
     def __init__(
-        self, event: Event, subscriber: Subscriber, page: OpenPage | None, generation: int = 0, attempts: int = 0, row: Row = Row.NONE
+        self,
+        event: Event,
+        subscriber: Subscriber,
+        page: OpenPage | None,
+        *,
+        generation: int = 0,
+        attempts: int = 0,
+        row: Row = Row.NONE,
     ) -> None:
         self.event = event
         self.subscriber = subscriber
@@ -124,8 +132,8 @@ class Subscriber:
     """A webhook in the engine: its settings, its lane and pool, how it signs, and where its backlog stands."""
 
     __slots__ = (
-        "after", "answered_at", "backlog", "behind", "endpoint", "error", "head", "head_key", "held", "lane", "origin", "parks",
-        "resign_at", "signer", "unflushed",
+        "after", "answered_at", "backlog", "behind", "endpoint", "error", "head", "head_key", "held", "lane", "origin",
+        "parks", "resign_at", "signer", "unflushed",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, lane: Lane[Delivery]) -> None:
@@ -139,7 +147,7 @@ class Subscriber:
         self.held = False  # something may be held in the database
         self.backlog = False  # and new deliveries go behind it
         self.after: tuple[int, int] = FIRST_KEY  # (event sequence, generation) pulled so far
-        self.behind: tuple[int, int] = LAST_KEY  # what a pull under way may bring: from behind this on it is out of date
+        self.behind: tuple[int, int] = LAST_KEY  # what a pull under way brings from behind this is out of date
         self.head_key: DeliveryKey | None = None  # ordered: the failed delivery the others wait for
         self.parks = 0  # times something was parked, ever
         self.unflushed = 0  # parked and not yet in the database
@@ -322,9 +330,7 @@ class Deliverer:
         """Take a first attempt over: into its lane if that can take it, else held behind the others."""
         subscriber = delivery.subscriber
         self.taken += 1
-        if subscriber.backlog:
-            self.park(delivery)
-        elif self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not Offer.QUEUED:
+        if subscriber.backlog or self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not Offer.QUEUED:
             self.park(delivery)
 
     def recall(self, delivery: Delivery) -> bool:
@@ -364,7 +370,7 @@ class Deliverer:
             self._write_row(delivery, HELD_UNTIL)
 
     def _write_row(self, delivery: Delivery, due: datetime, error: str | None = None) -> None:
-        """Hand a delivery to the ledger for its pending row. Others may see that row before we hear that it is committed."""
+        """Hand a delivery to the ledger for its pending row, which others may see before we hear of the commit."""
         self.rows.add(delivery.key)
         self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, due, error)
 
@@ -537,7 +543,7 @@ class Deliverer:
     # ── what holds the cursor, and what ends ───────────────────────────────────────────────────────────────────────
 
     def insure(self, page_before: float, *, due_s: float) -> None:
-        """Write pending rows for what is in flight since before `page_before` (loop time), so that the cursor may pass it.
+        """Write pending rows for what is in flight since before `page_before` (loop time): the cursor may pass it.
 
         Stragglers: due `due_s` after their deadline, should this process not live to see their end.
         """
@@ -570,7 +576,7 @@ class Deliverer:
                 self._put_back(self.lanes.release(lane))
 
     def drop_queued(self) -> None:
-        """Empty all lanes without a trace: the outbox will be read again from the persisted cursor, the rows pulled again."""
+        """Empty all lanes without a trace: outbox and pending rows will be read again."""
         for subscriber in self.subscribers.values():
             for delivery in self.lanes.release(subscriber.lane):
                 self._telemetry.released += 1

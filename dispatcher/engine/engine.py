@@ -1,12 +1,14 @@
 """The engine: everything that moves, put together, started, taken over, reconnected and drained.
 
-**Sessions.** A session is a lease and four connections: listener (lease, NOTIFY, heartbeat), reader, writer, retries. Whatever breaks one of them ends the
-session and nothing else: lanes, requests in flight and the ledger live on outside it. The next session finds its epoch unchanged and resumes: it
-settles the batch in doubt, writes pending rows for what is in flight, forgets what is merely queued, and reads again from the persisted cursor. (Reading
-on from memory would be wrong: a server that crashed may hand out again transaction ids whose rows it lost.) If the epoch has moved, somebody else owns
-the shard, and memory is dropped.
+**Sessions.** A session is a lease and four connections: listener (lease, NOTIFY, heartbeat), reader, writer, retries.
+Whatever breaks one of them ends the session and nothing else: lanes, requests in flight and the ledger live on
+outside it. The next session finds its epoch unchanged and resumes: it settles the batch in doubt, writes pending rows
+for what is in flight, forgets what is merely queued, and reads again from the persisted cursor. (Reading on from
+memory would be wrong: a server that crashed may hand out again transaction ids whose rows it lost.) If the epoch has
+moved, somebody else owns the shard, and memory is dropped.
 
-**Stopping.** No new attempts; what is in flight may finish within `drain_s`; the rest is released, not counted, and everything is settled.
+**Stopping.** No new attempts; what is in flight may finish within `drain_s`; the rest is released, not counted, and
+everything is settled.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ class Engine:
             self._reader.stop()
 
     def reconfigure(self, settings: EngineSettings, guard: Guard) -> None:
-        """Take changed settings over while running: limits and timings at once, webhook defaults with the next registry."""
+        """Take changed settings over while running: limits at once, webhook defaults with the next registry."""
         self.settings = settings
         self.ledger.disable_after_s = settings.disable_after_s
         lanes = self.deliverer.lanes
@@ -414,7 +416,9 @@ class Engine:
         return Snapshot(
             role=self.role,
             database=self.database,
-            progress_age_s=max(0.0, now - min(reader.progress_at, retries.progress_at)) if active and reader and retries else 0.0,
+            progress_age_s=(
+                max(0.0, now - min(reader.progress_at, retries.progress_at)) if active and reader and retries else 0.0
+            ),
             at_unix_s=self._wall(),
             events=t.events,
             deliveries=dict(t.deliveries),

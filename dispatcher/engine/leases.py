@@ -1,8 +1,9 @@
 """Who runs a shard: a lease that ends with its session, and standbys that take over.
 
-The lease is a session advisory lock on the listener's connection, which also hears NOTIFY and says each second that we
-live. PostgreSQL drops the lock with the session, so a killed daemon is followed within one try of a standby. Waiting inside
-`pg_advisory_lock()` would hold a snapshot and pin vacuum for the whole database, so a standby tries, every 0.5 to 1 s.
+The lease is a session advisory lock on the listener's connection, which also hears NOTIFY and says each second that
+we live. PostgreSQL drops the lock with the session, so a killed daemon is followed within one try of a standby.
+Waiting inside `pg_advisory_lock()` would hold a snapshot and pin vacuum for the whole database, so a standby tries,
+every 0.5 to 1 s.
 
 The lease says who should write; the fence (the shard's epoch) makes sure that nobody else does.
 """
@@ -83,7 +84,7 @@ class Listener:
             self.on_wake(channel)
 
     async def acquire(self, standby: Callable[[], None]) -> None:
-        """Return once the lease is ours; until then beat as a standby. `standby` is told once, when somebody else has it."""
+        """Return once the lease is ours; until then beat as a standby, which `standby` is told once."""
         shard = ShardStore(self.connection, self._shard)
         await shard.system()  # raises on a read-only server: no lease is worth having there
         low, high = TRY_S

@@ -2,16 +2,18 @@
 
 **Problem.** A transaction per delivery is a WAL flush per delivery; a buffer that is lost is a duplicate per row.
 
-**Rule.** Outcomes collect for some milliseconds or a thousand rows and go down in one statement, one transaction: first the
-shard's row (cursor, and the fence: a newer epoch there ends us), then attempts, pending rows, settled rows. The cursor
-written is that of the oldest page not wholly resolved, so it never passes a delivery that is neither settled nor pending.
+**Rule.** Outcomes collect for some milliseconds or a thousand rows and go down in one statement, one transaction:
+first the shard's row (cursor, and the fence: a newer epoch there ends us), then attempts, pending rows, settled rows.
+The cursor written is that of the oldest page not wholly resolved, so it never passes a delivery that is neither
+settled nor pending.
 
-**Order.** A delivery leaves memory for good only after its batch has committed: then `on_commit` learns which pending rows
-stand now, and the wheel compares them with its frontier.
+**Order.** A delivery leaves memory for good only after its batch has committed: then `on_commit` learns which pending
+rows stand now, and the wheel compares them with its frontier.
 
-**Edge.** A connection cut in the middle of a commit leaves the batch in doubt. It is kept, with its number; on the next
-connection it is sent again, and PostgreSQL, which knows the number of the last one, writes it or finds it written: no attempt
-is ever logged twice. When too much is buffered, `full` stops the dispatching: lanes fill, the reader stops.
+**Edge.** A connection cut in the middle of a commit leaves the batch in doubt. It is kept, with its number; on the
+next connection it is sent again, and PostgreSQL, which knows the number of the last one, writes it or finds it
+written: no attempt is ever logged twice. When too much is buffered, `full` stops the dispatching: lanes fill, the
+reader stops.
 
 **Source.** Group commit: Gawlick and Kinkade, "Varieties of Concurrency Control in IMS/VS Fast Path" (1985).
 """
@@ -33,7 +35,7 @@ from dispatcher.telemetry import Telemetry
 if TYPE_CHECKING:
     from dispatcher.engine.deliverer import Delivery, OpenPage, Subscriber
 
-HELD_UNTIL: Final = datetime.max
+HELD_UNTIL: Final = datetime.max  # noqa: DTZ901
 """How asyncpg spells PostgreSQL's 'infinity'."""
 
 BATCH_ROWS_MAX: Final = 1000  # 2 µs a row in PostgreSQL: 2-3 ms, short beside the fsync it shares
@@ -57,13 +59,17 @@ class _Open:
     discarded: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     pages: list[OpenPage] = dataclasses.field(default_factory=list)
     parked: list[tuple[Subscriber, int, int]] = dataclasses.field(default_factory=list)  # with sequence and generation
-    left: list[DeliveryKey] = dataclasses.field(default_factory=list)  # keys no longer in memory once this has committed
+    left: list[DeliveryKey] = dataclasses.field(default_factory=list)  # no longer in memory once this has committed
     disabled: dict[int, str] = dataclasses.field(default_factory=dict)
     health: dict[int, EndpointHealth] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return len(self.attempts) + len(self.pending) + len(self.discarded)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.rows or self.settled or self.disabled or self.health)
 
 
 @dataclasses.dataclass(slots=True)
@@ -113,13 +119,14 @@ class Ledger:
         endpoint_id = delivery.subscriber.endpoint.id
         if attempt is None:
             row: tuple[Any, ...] = (
-                event.seq, event.xid, endpoint_id, delivery.generation, number, state, None, None, 0, _storable(error), None, None,
+                event.seq, event.xid, endpoint_id, delivery.generation, number, state, None, None, 0, _storable(error),
+                None, None,
             )  # fmt: skip
         else:
             row = (
                 event.seq, event.xid, endpoint_id, delivery.generation, number, state, attempt.result.value,
-                attempt.status or None, min(int(attempt.duration_s * 1e6), DURATION_US_MAX), _storable(error), attempt.head,
-                attempt.body,
+                attempt.status or None, min(int(attempt.duration_s * 1e6), DURATION_US_MAX), _storable(error),
+                attempt.head, attempt.body,
             )  # fmt: skip
         self._open.attempts.append(row)
         self._resolve(delivery)
@@ -247,7 +254,7 @@ class Ledger:
         for page in opened.pages:
             page.left -= 1
         cursor = self.cursor()
-        if not opened.rows and not opened.settled and cursor == self._written and not opened.disabled and not opened.health:
+        if opened.is_empty and cursor == self._written:
             return
         self._number += 1
         batch = Batch(
@@ -282,7 +289,7 @@ class Ledger:
         self.on_commit(Committed(due, opened.left, parked))
 
     async def resume(self, shard: ShardStore, endpoints: Any, epoch: int, last_batch: int) -> None:
-        """On a new connection, before anything else: settle the batch in doubt, if there is one, else count on from the shard's."""
+        """On a new connection, before anything else: settle the batch in doubt, or count on from the shard's."""
         self._written = None
         self._finishing = False
         if self._doubt is None:

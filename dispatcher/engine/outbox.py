@@ -1,26 +1,29 @@
 """The outbox reader: every committed event once, in pages, and asleep when there is nothing to do.
 
-**Problem.** `id > last` loses events (a sequence runs before the transaction commits), claiming rows costs an UPDATE each, and
-NOTIFY at every INSERT serialises the producers over the WAL flush.
+**Problem.** `id > last` loses events (a sequence runs before the transaction commits), claiming rows costs an UPDATE
+each, and NOTIFY at every INSERT serialises the producers over the WAL flush.
 
-**Rule, reading.** By the difference of two snapshots (`store/outbox.py`). Each first page brings the version of the webhook
-registry from its own snapshot; when that changed, the registry is loaded before the page is routed. So a webhook whose
-creation committed before an event committed receives it, and an event that had committed before the webhook's creation is
-none of its business: the endpoint remembers the snapshot it was born in.
+**Rule, reading.** By the difference of two snapshots (`store/outbox.py`). Each first page brings the version of the
+webhook registry from its own snapshot; when that changed, the registry is loaded before the page is routed. So a
+webhook whose creation committed before an event committed receives it, and an event that had committed before the
+webhook's creation is none of its business: the endpoint remembers the snapshot it was born in.
 
-**Rule, waking.** Asleep means holding a shared advisory lock; a producer's trigger notifies only then. Under light load the
-reader stays asleep and is told of every commit; when events come faster than POLL_S it wakes, lets go of the lock and polls.
+**Rule, waking.** Asleep means holding a shared advisory lock; a producer's trigger notifies only then. Under light
+load the reader stays asleep and is told of every commit; when events come faster than POLL_S it wakes, lets go of the
+lock and polls.
 
-**Falling asleep without losing a wake-up.** A producer may probe the lock at its INSERT, find everybody awake, stay silent and
-commit after our last poll. So: linger; take the lock; take an own transaction id X as barrier; poll until the oldest running
-transaction of the poll's own snapshot is younger than X. Proof: let T have stayed silent and unseen. Its probe came before
-our lock, and its id before its probe (it is a default of the outbox's row), so id(T) < X. The barrier falls only with a
-snapshot whose xmin > X; in it T had ended, and the rows of that same poll show it. Advisory locks are not MVCC, so isolation
-levels do not matter. While only the barrier keeps us up we poll gently; NOTIFY works all the while.
+**Falling asleep without losing a wake-up.** A producer may probe the lock at its INSERT, find everybody awake, stay
+silent and commit after our last poll. So: linger; take the lock; take an own transaction id X as barrier; poll until
+the oldest running transaction of the poll's own snapshot is younger than X. Proof: let T have stayed silent and
+unseen. Its probe came before our lock, and its id before its probe (it is a default of the outbox's row), so id(T) <
+X. The barrier falls only with a snapshot whose xmin > X; in it T had ended, and the rows of that same poll show it.
+Advisory locks are not MVCC, so isolation levels do not matter. While only the barrier keeps us up we poll gently;
+NOTIFY works all the while.
 
-**Edge.** A jittered safety poll covers what no trigger sees (rows copied into a partition, replication). After a take-over,
-pages are checked against attempts and pending rows until a difference that ended after it has been read. After a restore
-into another cluster transaction ids mean nothing: everything unsettled is held, by the clock, and the cursor anchored anew.
+**Edge.** A jittered safety poll covers what no trigger sees (rows copied into a partition, replication). After a
+take-over, pages are checked against attempts and pending rows until a difference that ended after it has been read.
+After a restore into another cluster transaction ids mean nothing: everything unsettled is held, by the clock, and the
+cursor anchored anew.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ class OutboxReader:
         self.recovering = True  # pages may hold what is settled or pending already
         self.registry = Registry((), -1)
         self.progress_at = self._loop.time()
-        self._newest_known: int | None = None  # sequence number beyond which nothing was settled or pending at the start
+        self._newest_known: int | None = None  # event sequence beyond which nothing was settled or pending at the start
         self.read_to: Any = None  # written_at of the last row read while behind; None when caught up
         self.read_seq = 0
         self.stopping = False
@@ -233,7 +236,10 @@ class OutboxReader:
         return data_bytes, len(pairs)
 
     def _pairs(self, rows: list[Any], born: Mapping[int, datetime] | None = None) -> list[tuple[Event, Endpoint]]:
-        """Who gets what: (event, endpoint), events in the page's order. With `born`, subscribed is also who existed by the clock."""
+        """Who gets what: (event, endpoint), events in the page's order.
+
+        With `born`, a webhook that existed by the clock is subscribed too.
+        """
         pairs: list[tuple[Event, Endpoint]] = []
         match = self.registry.match
         for _, _, _, seq, xid, event_id, account, type_, data, created_at, written_at in rows:
@@ -248,7 +254,8 @@ class OutboxReader:
                 pairs += [
                     (event, endpoint)
                     for endpoint in endpoints
-                    if _is_subscribed(endpoint, xid) or (born and endpoint.id in born and born[endpoint.id] <= written_at)
+                    if _is_subscribed(endpoint, xid)
+                    or (born is not None and endpoint.id in born and born[endpoint.id] <= written_at)
                 ]
         return pairs
 
@@ -287,8 +294,8 @@ class OutboxReader:
     async def reread(self, since: datetime, flush: Callable[[], Awaitable[None]]) -> Cursor:
         """After a restore into another cluster: hold whatever is neither settled nor pending; return the new cursor.
 
-        One repeatable-read snapshot for all of it, which becomes the cursor. Nothing is sent meanwhile; `flush` is called after
-        each page and must write down what was held.
+        One repeatable-read snapshot for all of it, which becomes the cursor. Nothing is sent meanwhile; `flush` is
+        called after each page and must write down what was held.
         """
         async with self._connection.transaction(isolation="repeatable_read", readonly=True):
             snapshot, at = await self._connection.fetchrow("SELECT pg_current_snapshot(), clock_timestamp()")
@@ -341,7 +348,7 @@ class OutboxReader:
 
     async def _fall_asleep(self) -> None:
         # A producer's momentary exclusive lock may be in the way: try, never wait.
-        while not await self._connection.fetchval(self._sql["fall_asleep"]):
+        while not await self._connection.fetchval(self._sql["fall_asleep"]):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         self._asleep = True
         self._barrier = await self._connection.fetchval(self._sql["own_xid"])

@@ -1,27 +1,30 @@
 """What waits: retries by the clock, and the backlogs of webhooks that could not take more.
 
-**Problem.** Millions of deliveries may wait, most of them minutes away or for a webhook that is down. They must survive us,
-fire on time, and not fill memory.
+**Problem.** Millions of deliveries may wait, most of them minutes away or for a webhook that is down. They must
+survive us, fire on time, and not fill memory.
 
-**Rule, due.** Every waiting delivery is a pending row: PostgreSQL is the overflow wheel. A ring in memory holds the keys of what is due
-before the *frontier*, some minutes ahead, and is refilled below half. What fires is fetched with its event, in batches.
+**Rule, due.** Every waiting delivery is a pending row: PostgreSQL is the overflow wheel. A ring in memory holds the
+keys of what is due before the *frontier*, some minutes ahead, and is refilled below half. What fires is fetched with
+its event, in batches.
 
-**Order.** Refill publishes the frontier, then selects; the ledger commits, then compares with the frontier. Of the four orders only
-this one loses nothing: a row committed before the select is selected, one committed after it finds the frontier published.
+**Order.** Refill publishes the frontier, then selects; the ledger commits, then compares with the frontier. Of the
+four orders only this one loses nothing: a row committed before the select is selected, one committed after it finds
+the frontier published.
 
-**Rule, held.** A webhook with a backlog has rows due at infinity. They are pulled oldest first, a few at a time, whenever its lane
-runs low; new deliveries go behind them. A pull that comes back short ends that, at once for ordinary webhooks (what is still on its
-way into the database is pulled when it is there), and for ordered ones when nothing is on its way. A dead webhook is pulled for a
-probe when its time is over.
+**Rule, held.** A webhook with a backlog has rows due at infinity. They are pulled oldest first, a few at a time,
+whenever its lane runs low; new deliveries go behind them. A pull that comes back short ends that, at once for
+ordinary webhooks (what is still on its way into the database is pulled when it is there), and for ordered ones when
+nothing is on its way. A dead webhook is pulled for a probe when its time is over.
 
-**Invariant, held.** A pull sees a snapshot older than the moment its rows arrive. So what left memory meanwhile is skipped (`_gone`:
-its row has changed), and nothing is taken from behind the point where something was put back or in meanwhile (`behind`): the
-position never passes a row that nobody has seen. Only a pull during which nothing of that webhook was parked proves that nothing is held.
+**Invariant, held.** A pull sees a snapshot older than the moment its rows arrive. So what left memory meanwhile is
+skipped (`_gone`: its row has changed), and nothing is taken from behind the point where something was put back or in
+meanwhile (`behind`): the position never passes a row that nobody has seen. Only a pull during which nothing of that
+webhook was parked proves that nothing is held.
 
-**Edge.** A key that fires while its delivery is in memory (a straggler still in flight) is skipped: whoever has it settles it. So is one
-whose row says later than the wheel: it was read before a newer time was written. Rows of webhooks that are gone or disabled are
-pulled like any backlog and discarded. A wheel that can hold no more, or not so far ahead, lowers the frontier: what lies beyond comes
-back with a refill.
+**Edge.** A key that fires while its delivery is in memory (a straggler still in flight) is skipped: whoever has it
+settles it. So is one whose row says later than the wheel: it was read before a newer time was written. Rows of
+webhooks that are gone or disabled are pulled like any backlog and discarded. A wheel that can hold no more, or not so
+far ahead, lowers the frontier: what lies beyond comes back with a refill.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ WHEEL_KEYS_MAX: Final = 200_000  # 50 MB of keys
 FIRE_ROWS: Final = 500
 PULL_ROWS: Final = 128  # per webhook and pull
 PULL_AHEAD_S: Final = 0.1  # a lane is pulled for as much as it sends in that time, and again when half of it is gone
-STALL_S: Final = 1.0  # who has not answered for so long gets no more than its window, and gives back what room is short of
+STALL_S: Final = 1.0  # who has not answered for so long gets no more than its window
 PULL_ROWS_IN_ALL: Final = 1024  # 5 ms of parsing
 PULLED_SHARE: Final = 2  # backlogs may fill half of the room for retries: what comes due needs some too
 PROBE_ROWS: Final = 4
@@ -330,8 +333,8 @@ class Retries:
             subscriber.held = subscriber.backlog = False
             subscriber.after = FIRST_KEY
         elif not subscriber.endpoint.ordered and not subscriber.lane.paused:
-            # What came in meanwhile is pulled when it is committed. To hold everything until a pull meets no park at all
-            # would cost a webhook under steady load a pending row per delivery, for ever.
+            # What came in meanwhile is pulled when it is committed. To hold everything until a pull meets no park at
+            # all would cost a webhook under steady load a pending row per delivery, for ever.
             subscriber.backlog = False
 
     def _take(self, subscriber: Subscriber, row: Any) -> bool:
@@ -344,7 +347,7 @@ class Retries:
 
     def _recall(self, row: Any, kind: Row) -> bool:
         """Make a delivery of a pending row and hand it over; False if its lane cannot take it now."""
-        endpoint_id, seq, generation, attempts, _due, _state, xid, written_at, event_id, _account, type_, data, created_at = row
+        endpoint_id, seq, generation, attempts, _, _, xid, written_at, event_id, _, type_, data, created_at = row
         key = (endpoint_id, seq, generation)
         if key in self._deliverer.rows or (kind is Row.HELD and self._has_left(key)):
             return True
@@ -353,15 +356,17 @@ class Retries:
             self._bury_row(row, "the webhook was deleted" if endpoint is None else "the webhook is disabled")
             return True
         subscriber = self._deliverer.subscriber(endpoint)
+        if event_id is None:
+            self._bury_row(row, "the event is older than the retention of events")
+            return True
         try:
-            if event_id is None:
-                raise Undeliverable("the event is older than the retention of events")
             payload = payload_of(event_id, type_, created_at, data)
         except Undeliverable as error:
             self._bury_row(row, str(error))
             return True
+        event = Event(seq, xid, written_at, payload)
         return self._deliverer.recall(
-            Delivery(Event(seq, xid, written_at, payload), subscriber, None, generation, attempts, kind)
+            Delivery(event, subscriber, None, generation=generation, attempts=attempts, row=kind)
         )
 
     def _has_left(self, key: DeliveryKey) -> bool:

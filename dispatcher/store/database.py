@@ -1,8 +1,8 @@
 """Connections, named statements and migrations: how everything else here reaches PostgreSQL.
 
-Two kinds of connection exist. The engine owns a few for its lifetime, with planner settings pinned to the index paths its
-statements were written for; the outside (API, command lines) borrows from a pool. Foreign exceptions are mapped at this
-door: whoever cannot connect gets DatabaseUnreachable with the reason and the place, never with the password.
+Two kinds of connection exist. The engine owns a few for its lifetime, with planner settings pinned to the index paths
+its statements were written for; the outside (API, command lines) borrows from a pool. Foreign exceptions are mapped
+at this door: whoever cannot connect gets DatabaseUnreachable with the reason and the place, never with the password.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MIGRATION_LOCK: Final = 1
 SERVER_VERSION_MIN: Final = 140000
 
 TROUBLE: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError)
-"""What a statement may raise when the database is away, overloaded, full or restarting: try again on a new connection."""
+"""What a statement may raise when the database is away, overloaded, full or restarting: try on a new connection."""
 
 COMMAND_TIMEOUT_S: Final = 30.0
 """A statement that takes longer than this has lost its server: every one of ours is bounded to milliseconds."""
@@ -82,7 +82,12 @@ async def connect(dsn: str, *, name: str, engine: bool = False, settings: Mappin
 
     `engine` pins the planner. Raises DatabaseUnreachable.
     """
-    server_settings = {**_SETTINGS, **(_ENGINE_SETTINGS if engine else {}), **(settings or {}), "application_name": name}
+    server_settings = {
+        **_SETTINGS,
+        **(_ENGINE_SETTINGS if engine else {}),
+        **(settings or {}),
+        "application_name": name,
+    }
     try:
         return await asyncpg.connect(
             dsn, timeout=CONNECT_TIMEOUT_S, command_timeout=COMMAND_TIMEOUT_S, server_settings=server_settings
@@ -108,7 +113,7 @@ async def open_pool(dsn: str, *, size: int, name: str = "dispatcher web") -> Any
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Migration:
-    """One step of the schema: `version` counts from 1 without gaps; `checksum` tells an edited file from the applied one."""
+    """One step of the schema: `version` counts from 1 without gaps; `checksum` tells an edited file."""
 
     version: int
     name: str
@@ -136,7 +141,7 @@ def migrations() -> tuple[Migration, ...]:
 async def migrate(dsn: str, *, dry_run: bool = False) -> list[Migration]:
     """Bring the schema up, all or nothing, and return what was (or with `dry_run` would be) applied.
 
-    Safe to run twice, and from two hosts at once: the second waits, then finds nothing to do. Raises SchemaMismatch when
+    Safe to run twice, and from two hosts at once: the second waits, then finds nothing to do. Raises SchemaMismatch if
     the schema is newer than this program or the server too old, DatabaseUnreachable when it cannot be reached.
     """
     connection = await connect(dsn, name="dispatcher migrate")
@@ -183,7 +188,7 @@ def _check_server(connection: Any) -> None:
 
 async def _lock_migrations(connection: Any) -> None:
     # Try instead of wait: a statement that waits for a lock holds a snapshot and pins vacuum for the whole database.
-    while not await connection.fetchval("SELECT pg_try_advisory_lock($1, $2)", LOCK_CLASS, MIGRATION_LOCK):
+    while not await connection.fetchval("SELECT pg_try_advisory_lock($1, $2)", LOCK_CLASS, MIGRATION_LOCK):  # noqa: ASYNC110
         await asyncio.sleep(0.1)
 
 
@@ -205,6 +210,6 @@ def _missing(applied: Mapping[int, str]) -> list[Migration]:
     for migration in known:
         if applied.get(migration.version, migration.checksum) != migration.checksum:
             raise SchemaMismatch(
-                f"migration {migration.version} ({migration.name}) was applied with another text than this program carries"
+                f"migration {migration.version} ({migration.name}) was applied with another text than this program has"
             )
     return [migration for migration in known if migration.version not in applied]

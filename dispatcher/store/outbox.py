@@ -1,9 +1,9 @@
 """Reading the outbox as the difference of two snapshots, page by page. No claim, no update, no gap.
 
-Everything visible in the snapshot `prev` is read. A poll takes the current snapshot and sees, in the order (xid, seq), the
-rows of transactions that were still in progress in `prev` and of those that began later. The cursor after any page is
-exact, so a reader that starts from it sees each committed event once; a long transaction elsewhere stalls nothing. PgQ
-proved the idea of reading by snapshots.
+Everything visible in the snapshot `prev` is read. A poll takes the current snapshot and sees, in the order (xid,
+seq), the rows of transactions that were still in progress in `prev` and of those that began later. The cursor after
+any page is exact, so a reader that starts from it sees each committed event once; a long transaction elsewhere stalls
+nothing. PgQ proved the idea of reading by snapshots.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BEGINNING: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cursor:
-    """What is read: all that is visible in `prev`; and where `cur` is set, of the difference what is at or before `at`."""
+    """What is read: all that is visible in `prev`; with `cur`, also what of the difference is at or before `at`."""
 
     prev: Snapshot
     prev_at: datetime  # server clock just after `prev` was taken
@@ -39,9 +39,9 @@ class Cursor:
 class Page:
     """Rows of one page, the cursor once they are all resolved, and what the poll learnt on the way.
 
-    `rows` are records (seq, xid, id, account, type, data text, created_at, written_at) behind three columns of the header;
-    data or created_at is None where nothing could be made of it.
-    `registry` is the version of the webhook registry in the page's own snapshot, None on a further page of a difference.
+    `rows` are records (seq, xid, id, account, type, data text, created_at, written_at) behind three columns of the
+    header; data or created_at is None where nothing could be made of it. `registry` is the version of the webhook
+    registry in the page's own snapshot, None on a further page of a difference.
     """
 
     rows: list[Any]

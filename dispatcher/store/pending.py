@@ -21,15 +21,16 @@ _NAMES = ("refill", "fetch", "pull", "held_endpoints", "heads")
 class PendingStore:
     """The retries' connection and its statements. Records of `fetch` and `pull` have the columns
 
-    (endpoint_id, event_seq, generation, attempts, due_at, state, event_xid, event_at, id, account, type, data, created_at);
-    those from `id` on are None when retention has dropped the event, data or created_at alone when nothing can be made of it.
+    (endpoint_id, event_seq, generation, attempts, due_at, state, event_xid, event_at, id, account, type, data,
+    created_at); those from `id` on are None when retention has dropped the event, data or created_at alone when nothing
+    can be made of it.
     """
 
     def __init__(self, connection: Any, shard: int) -> None:
         self._connection = connection
         self._shard = shard
         self._prepared: dict[str, Any] = {}
-        self._lock = asyncio.Lock()  # the clock and the backlogs share the connection, which bears one statement at a time
+        self._lock = asyncio.Lock()  # clock and backlogs share the connection, which bears one statement at a time
 
     async def prepare(self) -> None:
         """Prepare every statement once."""

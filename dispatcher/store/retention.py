@@ -1,10 +1,11 @@
 """Partitions made ahead, old days dropped: retention without a DELETE where it matters.
 
-An old day is emptied by TRUNCATE, which locks that day alone, and then dropped. Dropping needs the parent for a moment (detaching
-CONCURRENTLY is refused beside a DEFAULT partition, and without one producers would fail when nobody makes partitions), so it
-gives up within 50 ms and comes back later: an empty day costs nothing meanwhile, and no INSERT waits longer. Events are kept as
-long as a shard's cursor or a pending row needs them, whatever the configuration says. What fell into a DEFAULT partition (the
-daemon was away for more than a week), and the small tables, are deleted in bounded steps.
+An old day is emptied by TRUNCATE, which locks that day alone, and then dropped. Dropping needs the parent for a
+moment (detaching CONCURRENTLY is refused beside a DEFAULT partition, and without one producers would fail when nobody
+makes partitions), so it gives up within 50 ms and comes back later: an empty day costs nothing meanwhile, and no
+INSERT waits longer. Events are kept as long as a shard's cursor or a pending row needs them, whatever the
+configuration says. What fell into a DEFAULT partition (the daemon was away for more than a week), and the small
+tables, are deleted in bounded steps.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ DAYS_AHEAD: Final = 7
 STEP_ROWS: Final = 5000
 STEPS_MAX: Final = 20  # per table and run
 NEEDED_SLACK: Final = timedelta(days=1)  # how far a reader looks behind its cursor's clock time
-LOCK_TIMEOUT: Final = "500ms"  # DDL that cannot have its lock soon lets go and comes back: others queue behind a waiting one
+LOCK_TIMEOUT: Final = "500ms"  # DDL that cannot have its lock soon comes back later: others queue behind one that waits
 DROP_TIMEOUT: Final = "50ms"  # every INSERT of every producer queues behind this one
 
 log = structlog.get_logger("dispatcher.retention")
 
 
 class Retention:
-    """Keeps partitions ahead and drops what is old. `run` is safe to call at any time, also from two daemons at once."""
+    """Keeps partitions ahead and drops what is old. `run` is safe at any time, also from two daemons at once."""
 
     def __init__(self, connection: Any, events_kept_s: float, attempts_kept_s: float) -> None:
         self._connection = connection

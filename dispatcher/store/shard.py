@@ -1,8 +1,9 @@
 """A shard's row: its lease, its cursor, its fence, and the flush that moves all of them and writes what happened.
 
-The lease is a session advisory lock: it ends with its session, at once. The fence is the epoch: a take-over raises it, and
-a flush that names an older one raises Fenced and writes nothing. `batch` numbers the flushes, so that one whose answer was
-lost can be sent again: it is written once, whichever session comes first, even if the lost one is still at it.
+The lease is a session advisory lock: it ends with its session, at once. The fence is the epoch: a take-over raises
+it, and a flush that names an older one raises Fenced and writes nothing. `batch` numbers the flushes, so that one
+whose answer was lost can be sent again: it is written once, whichever session comes first, even if the lost one is
+still at it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ FENCED_SQLSTATE: Final = "P0F01"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardState:
-    """The shard's row. `system` says whose transaction ids the cursor holds; rows written before `floor` bear foreign ones."""
+    """The shard's row.
+
+    `system` says whose transaction ids the cursor holds; rows written before `floor` bear foreign ones.
+    """
 
     epoch: int
     batch: int
@@ -35,7 +39,8 @@ class ShardState:
 class Batch:
     """One flush, as columns ready to be sent: tuples of rows, transposed only at the door.
 
-    attempts: (event_seq, event_xid, endpoint_id, generation, attempt, state, result, status, duration_us, error, head, body)
+    attempts: (event_seq, event_xid, endpoint_id, generation, attempt, state, result, status, duration_us, error, head,
+              body)
     pending:  (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at, last_error)
     settled:  (endpoint_id, event_seq, generation) of pending rows that go
     discarded: (event_seq, reason)
@@ -87,7 +92,7 @@ class ShardStore:
         return ShardState(row["epoch"], row["batch"], cursor, row["system"], row["floor"])
 
     async def naturalize(self, epoch: int, system: str, prev: Snapshot, prev_at: datetime) -> None:
-        """After a restore into cluster `system`: read on from `prev`; no webhook remembers transaction ids of the old one.
+        """After a restore into cluster `system`: read on from `prev`; no webhook remembers ids of the old one.
 
         Raises Fenced when the epoch is over.
         """
@@ -98,7 +103,10 @@ class ShardStore:
             await self._connection.execute(self._sql["naturalize"])
 
     async def flush(self, epoch: int, batch: Batch) -> bool:
-        """Write a batch in one round trip and one transaction; False if it is in already. Raises Fenced when the epoch is over."""
+        """Write a batch in one round trip and one transaction; False if it is in already.
+
+        Raises Fenced when the epoch is over.
+        """
         if self._flush is None:
             self._flush = await self._connection.prepare(self._sql["flush"])
         c = batch.cursor

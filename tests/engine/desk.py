@@ -1,5 +1,8 @@
-"""The engine's memory without a database and without a network: a clock that stands still, a shelf for pending rows, and
-requests that are answered when the test says so. Whatever the shelf hands out may arrive late, as over a connection."""
+"""The engine's memory without a database and without a network.
+
+A clock that stands still, a shelf for pending rows, and requests that are answered when the test says so. Whatever the
+shelf hands out may arrive late, as over a connection.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ class Clock:
 
 
 class Shelf:
-    """What PostgreSQL would hold: the attempts, and the pending rows. Stands in for the shard's and the pending store."""
+    """What PostgreSQL would hold: attempts and pending rows. Stands in for the shard's and the pending store."""
 
     def __init__(self) -> None:
         self.attempts: list[tuple[Any, ...]] = []
@@ -110,9 +113,7 @@ class Shelf:
         """Nothing to prepare."""
 
     async def refill(self, start: datetime, end: datetime, limit: int) -> list[Any]:
-        found = [
-            (*key, row[7]) for key, row in self.rows.items() if row[7] is not HELD_UNTIL and start <= row[7] < end
-        ]
+        found = [(*key, row[7]) for key, row in self.rows.items() if row[7] is not HELD_UNTIL and start <= row[7] < end]
         return list(await self._answer(sorted(found, key=lambda row: row[3])[:limit]))
 
     async def fetch(self, keys: list[DeliveryKey]) -> list[Any]:
@@ -140,7 +141,8 @@ class Shelf:
         event = self.events[row[1]]
         payload = event.payload
         return (
-            row[0], row[1], row[2], row[6], row[7], row[5], row[3], row[4], payload.event_id, "default", payload.type, "{}", EPOCH,
+            row[0], row[1], row[2], row[6], row[7], row[5], row[3], row[4], payload.event_id, "default",
+            payload.type, "{}", EPOCH,
         )  # fmt: skip
 
 
@@ -192,7 +194,9 @@ class Desk:
 
     # ── stands in for an origin of the transport ─────────────────────────────────────────────────────────────────
 
-    def submit(self, _request: bytes, _timeout_s: float, done: Callable[[Any, Attempt], None], delivery: Delivery) -> None:
+    def submit(
+        self, _request: bytes, _timeout_s: float, done: Callable[[Any, Attempt], None], delivery: Delivery
+    ) -> None:
         assert delivery.key not in {other.key for other in self.out if other is not delivery}, "sent by two owners"
         due = self.shelf.dues.get(delivery.key)
         assert due is None or not delivery.attempts or self.clock.wall() >= due.timestamp(), "sent early"
@@ -296,6 +300,7 @@ def endpoint(number: int, **changes: Any) -> Endpoint:
     """A webhook that receives everything."""
     settings: dict[str, Any] = {
         "id": EndpointId(number), "public_id": f"wh_{number}", "account_id": AccountId(1), "account": "default",
-        "url": f"http://127.0.0.1/{number}", "events": ("*",), "status": EndpointStatus.ACTIVE, "schedule_s": (1.0, 5.0, 40.0),
+        "url": f"http://127.0.0.1/{number}", "events": ("*",), "status": EndpointStatus.ACTIVE,
+        "schedule_s": (1.0, 5.0, 40.0),
     }  # fmt: skip
     return Endpoint(**settings | changes)

@@ -160,8 +160,9 @@ class House:
 
     async def webhook(self, path: str = "/", **changes: Any) -> EndpointRecord:
         settings: dict[str, Any] = {
-            "url": self.receiver.url + path, "description": "", "events": ["test.*"], "headers": {}, "body_style": BodyStyle.COMPACT,
-            "retry": None, "max_concurrency": None, "rate_limit": None, "ordered": False, "timeout_s": None,
+            "url": self.receiver.url + path, "description": "", "events": ["test.*"], "headers": {}, "retry": None,
+            "body_style": BodyStyle.COMPACT, "max_concurrency": None, "rate_limit": None, "ordered": False,
+            "timeout_s": None,
         }  # fmt: skip
         settings.update(changes)
         return await self.endpoints.create(self.account, EndpointChange(**settings), SECRET)
@@ -248,7 +249,8 @@ class House:
     async def log(self) -> list[tuple[int, int, int, str]]:
         """(event sequence, endpoint, attempt, state) of every attempt, in order."""
         rows = await self.app.fetch(
-            "SELECT event_seq, endpoint_id, attempt, state FROM dispatcher.attempt ORDER BY event_seq, endpoint_id, attempt, at"
+            "SELECT event_seq, endpoint_id, attempt, state FROM dispatcher.attempt"
+            " ORDER BY event_seq, endpoint_id, attempt, at"
         )
         return [tuple(row) for row in rows]
 
@@ -257,6 +259,11 @@ class House:
 
     async def pending(self) -> int:
         return int(await self.app.fetchval("SELECT count(*) FROM dispatcher.pending"))
+
+    def busy(self, running: Running) -> bool:
+        """Whether the engine has anything under way or waiting."""
+        now = running.engine.snapshot()
+        return bool(now.queued or now.in_flight or now.buffered or now.retries_waiting or not now.events)
 
     async def settled(self, many: int) -> bool:
         """Whether so many deliveries are settled and nothing else is left."""

@@ -175,7 +175,9 @@ async def test_webhook_disabled_and_resumed_with_a_request_out_goes_on() -> None
 async def test_second_secret_is_tried_once_even_if_the_endpoint_died_meanwhile() -> None:
     expires = desk_time(3600.0)
     desk = Desk(
-        endpoint(1, secret="whsec_YWFh", previous_secret="whsec_YmJi", previous_secret_expires_at=expires, max_concurrency=6)
+        endpoint(
+            1, secret="whsec_YWFh", previous_secret="whsec_YmJi", previous_secret_expires_at=expires, max_concurrency=6
+        )
     )
     for _ in range(40):
         desk.emit()
@@ -292,7 +294,9 @@ async def test_every_delivery_is_settled_once_whatever_happens_in_whatever_order
             case "insure":
                 desk.deliverer.insure(desk.clock.now, due_s=dice.choice([0.0, 10.0]))
             case "spill":
-                dice.choice([lambda: desk.deliverer.spill_slow(1.0, 1.0), lambda: desk.deliverer.spill_old(desk.clock.now)])()
+                dice.choice(
+                    [lambda: desk.deliverer.spill_slow(1.0, 1.0), lambda: desk.deliverer.spill_old(desk.clock.now)]
+                )()
 
     for _ in range(400):
         await step()
@@ -314,8 +318,9 @@ async def test_every_delivery_is_settled_once_whatever_happens_in_whatever_order
     await desk.settle()
     desk.check_settled()
     everything = sorted(desk.shelf.events)
-    assert {number: sorted(settled) for number, settled in desk.finals().items()} == {n: everything for n in (1, 2, 3)}
+    finals = desk.finals()
+    assert {number: sorted(finals[number]) for number in finals} == dict.fromkeys((1, 2, 3), everything)
     ordered = [seq for number, seq in desk.sent if number == 2]
     assert ordered == sorted(ordered), "an ordered webhook was sent something out of order"
-    assert desk.finals()[2] == everything
+    assert finals[2] == everything
     assert not any(row is Row.DUE for row in desk.shelf.rows.values())

@@ -8,12 +8,12 @@ import itertools
 import random
 from collections import Counter
 
-import asyncpg
 import pytest
 from house import PATIENCE_S, Arrival, House, until
 
 from dispatcher.engine import engine, outbox
 from dispatcher.errors import ConfigurationError, SchemaMismatch
+from dispatcher.store.database import TROUBLE
 from dispatcher.store.vault import Vault
 
 CONNECTIONS = ("listener", "reader", "writer", "retries", "upkeep")
@@ -37,10 +37,10 @@ async def test_committed_event_arrives_once_and_is_logged_once(house: House) -> 
 async def test_rolled_back_event_is_never_sent(house: House) -> None:
     await house.webhook()
     await house.start()
-    with pytest.raises(ZeroDivisionError):
-        async with house.app.transaction():
-            await house.emit(13)
-            raise ZeroDivisionError
+    transaction = house.app.transaction()
+    await transaction.start()
+    await house.emit(13)
+    await transaction.rollback()
     await house.emit(14)
     await until(lambda: house.settled(1))
     assert [arrival.n for arrival in house.receiver.arrivals] == [14]
@@ -60,7 +60,7 @@ async def test_cut_connection_loses_nothing_and_logs_nothing_twice(house: House,
     await house.emit(1, 50)
     await until(lambda: house.receiver.open == 4)
     assert await house.cut(name) == 1
-    await until(lambda: not running.engine.database or running.engine._epoch > 0 and running.engine.role == "standby")
+    await until(lambda: running.engine.losses)
     release.set()
     await house.active(running)
     await house.emit(51, 100)
@@ -89,7 +89,11 @@ async def test_server_may_restart(house: House, administrator, postgres) -> None
     """Not the server itself, which other tests share, but all that a client sees of it: refused, then let in again."""
     await house.webhook()
     running = await house.start()
-    name = house.dsn.rpartition("/")[2].partition("?")[0] if "@/" not in house.dsn else house.dsn.split("@/")[1].split("?")[0]
+    name = (
+        house.dsn.rpartition("/")[2].partition("?")[0]
+        if "@/" not in house.dsn
+        else house.dsn.split("@/")[1].split("?")[0]
+    )
     administrator.run(administrator._connection.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 0"))
     await house.emit(1, 20)
     administrator.run(administrator._connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false"))
@@ -123,7 +127,9 @@ async def test_secrets_sealed_with_another_key_end_the_run_plainly_wherever_they
     strange = Vault(b"x" * 32)
     webhook = await house.webhook()
     await house.app.execute(
-        "UPDATE dispatcher.endpoint SET secret = $1 WHERE public_id = $2", strange.seal("whsec_YWJj", webhook.id), webhook.id
+        "UPDATE dispatcher.endpoint SET secret = $1 WHERE public_id = $2",
+        strange.seal("whsec_YWJj", webhook.id),
+        webhook.id,
     )
     with pytest.raises(ConfigurationError):
         await asyncio.wait_for(asyncio.shield(running.task), PATIENCE_S)
@@ -232,14 +238,15 @@ async def test_crashes_under_load_lose_nothing_and_log_no_delivery_twice(house: 
     await house.webhook("/a")
     await house.webhook("/b", retry=[0.2, 0.2, 0.2])
     flaky = random.Random(21)
-    house.receiver.answer = lambda arrival: 500 if arrival.path == "/b" and arrival.attempt == 1 and flaky.random() < 0.3 else 200
+    house.receiver.answer = lambda arrival: (
+        500 if arrival.path == "/b" and arrival.attempt == 1 and flaky.random() < 0.3 else 200
+    )
     bound = 0
     for round_ in range(12):
         running = await house.start()
         await house.emit(round_ * 100 + 1, round_ * 100 + 100)
         target = len(house.receiver.arrivals) + dice.randrange(200)
-        with_time = asyncio.get_running_loop().time() + 1.0
-        await until(lambda: len(house.receiver.arrivals) >= target or asyncio.get_running_loop().time() > with_time)
+        await until(lambda enough=target, it=running: len(house.receiver.arrivals) >= enough or not house.busy(it))
         bound += len(running.engine.deliverer.in_flight) + running.engine.ledger.buffered
         await house.crash(running)
     await house.start()
@@ -248,7 +255,9 @@ async def test_crashes_under_load_lose_nothing_and_log_no_delivery_twice(house: 
     final = [row[:2] for row in log if row[3] != "retrying"]
     assert len(set(final)) == len(final) == 2400
     seen = Counter((arrival.path, arrival.n, arrival.attempt) for arrival in house.receiver.arrivals)
-    assert {n for path, n, _ in seen if path == "/a"} == {n for path, n, _ in seen if path == "/b"} == set(range(1, 1201))
+    assert (
+        {n for path, n, _ in seen if path == "/a"} == {n for path, n, _ in seen if path == "/b"} == set(range(1, 1201))
+    )
     assert sum(times - 1 for times in seen.values()) <= bound
 
 
@@ -329,9 +338,12 @@ async def test_restored_dump_loses_nothing_and_repeats_nothing_settled(house: Ho
     # What a restore into another cluster looks like: all transaction ids are from elsewhere, and far ahead of ours.
     for table, columns in {"outbox": ("xid",), "attempt": ("event_xid",), "pending": ("event_xid",)}.items():
         for column in columns:
-            await house.app.execute(f"UPDATE dispatcher.{table} SET {column} = (1000000 + {column}::text::bigint)::text::xid8")
+            await house.app.execute(
+                f"UPDATE dispatcher.{table} SET {column} = (1000000 + {column}::text::bigint)::text::xid8"
+            )
     await house.app.execute(
-        "UPDATE dispatcher.shard SET system = 'elsewhere', prev = '1000000:1900000:', cur = NULL, at_xid = '0', at_seq = 0"
+        "UPDATE dispatcher.shard"
+        " SET system = 'elsewhere', prev = '1000000:1900000:', cur = NULL, at_xid = '0', at_seq = 0"
     )
     await house.app.execute("ALTER TABLE dispatcher.endpoint DISABLE TRIGGER registry_changed")
     await house.change(webhook, created_snapshot=(1000000, 1000000, ()))
@@ -356,7 +368,9 @@ async def test_gone_endpoint_is_disabled_and_receives_nothing_more(house: House)
     await until(lambda: house.settled(100))
     assert await house.states() == {"discarded": 100}
     assert len({row[0] for row in await house.log()}) == 100
-    row = await house.app.fetchrow("SELECT status, disabled_reason FROM dispatcher.endpoint WHERE public_id = $1", webhook.id)
+    row = await house.app.fetchrow(
+        "SELECT status, disabled_reason FROM dispatcher.endpoint WHERE public_id = $1", webhook.id
+    )
     assert row["status"] == "disabled"
     assert "410" in row["disabled_reason"]
     before = len(house.receiver.arrivals)
@@ -542,7 +556,8 @@ async def test_previous_secret_ceases_to_sign_when_its_grace_is_over(house: Hous
     webhook = await house.webhook()
     clock = [1_900_000_000.0]
     await house.app.execute(
-        "UPDATE dispatcher.endpoint SET previous_secret = secret, previous_secret_expires_at = to_timestamp($1)", clock[0] + 60
+        "UPDATE dispatcher.endpoint SET previous_secret = secret, previous_secret_expires_at = to_timestamp($1)",
+        clock[0] + 60,
     )
     running = await house.start()
     running.engine.deliverer._wall = lambda: clock[0]
@@ -676,7 +691,7 @@ async def test_producer_may_be_cut_off_in_the_middle(house: House) -> None:
     await house.emit(13, db=producer)
     pid = producer.get_server_pid()
     await house.app.fetchval("SELECT pg_terminate_backend($1)", pid)
-    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+    with pytest.raises(TROUBLE):
         await transaction.commit()
     producer.terminate()
     await house.emit(14)

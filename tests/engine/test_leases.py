@@ -55,7 +55,10 @@ async def test_waiting_pins_no_snapshot(database: str) -> None:
     waiting = asyncio.create_task(second.acquire(told.set))
     await told.wait()
     db = await connect(database, name="test")
-    states = "SELECT bool_and(backend_xmin IS NULL) FROM pg_stat_activity WHERE application_name = 'dispatcher listener' AND state = 'idle'"
+    states = (
+        "SELECT bool_and(backend_xmin IS NULL) FROM pg_stat_activity"
+        " WHERE application_name = 'dispatcher listener' AND state = 'idle'"
+    )
     await until(lambda: db.fetchval(states))
     waiting.cancel()
     for each in (first, second, db):

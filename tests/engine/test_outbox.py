@@ -1,4 +1,4 @@
-"""The outbox reader: every committed event exactly once, in pages, and never asleep while there is something to read."""
+"""The outbox reader: every committed event exactly once, in pages, and never asleep while there is work."""
 
 from __future__ import annotations
 
@@ -196,13 +196,10 @@ async def test_no_wake_up_is_lost_with_transactions_held_open_and_no_safety_poll
         busy = producers[: dice.randrange(1, 4)]
         sent += many * len(busy)
         await asyncio.gather(
-            *(
-                burst(p, dice.choice(["read_committed", "repeatable_read"]), dice.uniform(0.0, 0.02), many)
-                for p in busy
-            )
+            *(burst(p, dice.choice(["read_committed", "repeatable_read"]), dice.uniform(0.0, 0.02), many) for p in busy)
         )
         # Each round is waited for: the next one's wake-up would hide that this one's was lost.
-        await until(lambda: len(house.receiver.arrivals) == sent)
+        await until(lambda all_=sent: len(house.receiver.arrivals) == all_)
         await asyncio.sleep(dice.choice([0.0, 0.0, 0.01, 0.04]))
     running.check()
     for producer in producers:
@@ -236,7 +233,9 @@ async def test_webhook_receives_exactly_what_commits_after_its_creation(house: H
     await busy
     await until(lambda: len(house.receiver.arrivals) >= 100)
     await until(lambda: house.settled(100))
-    assert sorted((int(arrival.path[1:]), arrival.n) for arrival in house.receiver.arrivals) == [(n, 2) for n in range(100)]
+    assert sorted((int(arrival.path[1:]), arrival.n) for arrival in house.receiver.arrivals) == [
+        (n, 2) for n in range(100)
+    ]
     for connection in (noise, other):
         await connection.close()
 

@@ -196,7 +196,9 @@ async def test_backlog_ends_under_steady_load() -> None:
 
 async def test_hungry_webhooks_take_turns() -> None:
     many = 300
-    desk = Desk(*(endpoint(n, status=EndpointStatus.PAUSED) for n in range(1, many + 1)), queued_max=10_000, in_flight_max=5000)
+    desk = Desk(
+        *(endpoint(n, status=EndpointStatus.PAUSED) for n in range(1, many + 1)), queued_max=10_000, in_flight_max=5000
+    )
     for _ in range(10):
         desk.emit()
     await desk.flush()

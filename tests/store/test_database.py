@@ -94,7 +94,8 @@ async def test_check_constraints_mirror_the_enums(db: Any) -> None:
     async def allowed(table: str, column: str) -> set[str]:
         text = await db.fetchval(
             "SELECT string_agg(pg_get_constraintdef(oid), ' ') FROM pg_constraint"
-            " WHERE conrelid = $1::regclass AND contype = 'c' AND pg_get_constraintdef(oid) LIKE '%' || $2 || ' = ANY%'",
+            " WHERE conrelid = $1::regclass AND contype = 'c'"
+            " AND pg_get_constraintdef(oid) LIKE '%' || $2 || ' = ANY%'",
             f"dispatcher.{table}",
             column,
         )
@@ -147,7 +148,19 @@ async def test_producer_may_insert_and_emit(producer: Any) -> None:
 
 @pytest.mark.parametrize(
     "table",
-    ["outbox", "event", "endpoint", "api_key", "account", "setting", "attempt", "pending", "idempotency", "shard", "instance"],
+    [
+        "outbox",
+        "event",
+        "endpoint",
+        "api_key",
+        "account",
+        "setting",
+        "attempt",
+        "pending",
+        "idempotency",
+        "shard",
+        "instance",
+    ],
 )
 async def test_producer_may_read_nothing(producer: Any, table: str) -> None:
     with pytest.raises(asyncpg.InsufficientPrivilegeError):

@@ -154,7 +154,7 @@ async def test_a_delivery_settled_without_a_request_is_found_and_keeps_its_reaso
 
 
 async def test_the_log_is_read_by_its_indexes(db: Any) -> None:
-    """Planners would read small tables as a whole; made to look expensive, that shows only where an index is missing."""
+    """Planners would read small tables as a whole; made to look expensive, that only shows where an index lacks."""
     await db.execute("SET enable_seqscan = off")
     place = (ENDPOINT, NOW, 5, 0, NOW - timedelta(days=1), 10)
     asked: dict[str, tuple[Any, ...]] = {

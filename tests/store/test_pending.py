@@ -32,7 +32,8 @@ async def put(db: Any, endpoint: int, seq: int, due: object, *, generation: int 
     """A pending row, due at a datetime or at 'infinity'; `event`: the row of the outbox it is about."""
     xid, at = (event["xid"], event["written_at"]) if event else (1, NOW)
     await db.execute(
-        "INSERT INTO dispatcher.pending (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)"
+        "INSERT INTO dispatcher.pending"
+        " (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)"
         " VALUES ($1, $2, $3, $4, $5, 'pending', 0, $6::text::timestamptz)",
         endpoint, event["seq"] if event else seq, generation, xid, at, str(due),
     )  # fmt: skip
@@ -47,13 +48,18 @@ async def test_refill_yields_what_is_due_in_the_interval_soonest_first(db: Any, 
     assert [row[1] for row in await pending.refill(NOW, NOW + timedelta(minutes=10), 2)] == [3, 2]
 
 
-async def test_fetch_brings_the_event_along_and_leaves_out_what_is_held_or_settled(db: Any, pending: PendingStore) -> None:
+async def test_fetch_brings_the_event_along_and_leaves_out_what_is_held_or_settled(
+    db: Any, pending: PendingStore
+) -> None:
     event = await db.fetchrow("INSERT INTO dispatcher.outbox (type, data) VALUES ('a.b', '{\"n\": 1}') RETURNING *")
     await put(db, 1, 0, NOW, event=event)
     await put(db, 2, 7, "infinity")
     await put(db, 3, 8, NOW)
     rows = await pending.fetch([(1, event["seq"], 0), (2, 7, 0), (3, 8, 0), (4, 9, 0)])
-    assert {row["endpoint_id"]: (row["id"], row["data"]) for row in rows} == {1: (event["id"], '{"n": 1}'), 3: (None, None)}
+    assert {row["endpoint_id"]: (row["id"], row["data"]) for row in rows} == {
+        1: (event["id"], '{"n": 1}'),
+        3: (None, None),
+    }
     assert await pending.fetch([]) == []
 
 
@@ -70,7 +76,9 @@ async def test_pull_goes_on_behind_each_position_oldest_first(db: Any, pending: 
 async def test_webhooks_with_anything_held_are_found(db: Any, pending: PendingStore) -> None:
     assert await pending.held_endpoints() == []
     for endpoint in (5, 3, 3, 9):
-        await put(db, endpoint, endpoint * 10 + await db.fetchval("SELECT count(*) FROM dispatcher.pending"), "infinity")
+        await put(
+            db, endpoint, endpoint * 10 + await db.fetchval("SELECT count(*) FROM dispatcher.pending"), "infinity"
+        )
     await put(db, 4, 1, NOW)
     assert await pending.held_endpoints() == [3, 5, 9]
 
@@ -96,4 +104,6 @@ async def test_two_may_ask_at_once(db: Any, pending: PendingStore) -> None:
     import asyncio
 
     await put(db, 1, 1, "infinity")
-    await asyncio.gather(*(pending.pull([(1, -1, -1, 3)]) for _ in range(5)), pending.heads(), pending.refill(NOW, NOW, 1))
+    await asyncio.gather(
+        *(pending.pull([(1, -1, -1, 3)]) for _ in range(5)), pending.heads(), pending.refill(NOW, NOW, 1)
+    )

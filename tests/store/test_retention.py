@@ -23,7 +23,9 @@ async def db(database: str) -> AsyncIterator[Any]:
 
 
 async def leaves(db: Any, table: str) -> list[str]:
-    rows = await db.fetch("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = $1::regclass", f"dispatcher.{table}")
+    rows = await db.fetch(
+        "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = $1::regclass", f"dispatcher.{table}"
+    )
     return sorted(row[0].removeprefix("dispatcher.") for row in rows)
 
 
@@ -38,7 +40,9 @@ async def make(db: Any, table: str, day: date) -> str:
 
 async def write(db: Any, at: datetime) -> int:
     return int(
-        await db.fetchval("INSERT INTO dispatcher.outbox (type, data, written_at) VALUES ('a.b', '{}', $1) RETURNING seq", at)
+        await db.fetchval(
+            "INSERT INTO dispatcher.outbox (type, data, written_at) VALUES ('a.b', '{}', $1) RETURNING seq", at
+        )
     )
 
 
@@ -83,7 +87,8 @@ async def test_day_that_a_cursor_or_a_pending_row_needs_is_kept(db: Any) -> None
     name = await make(db, "outbox", day)
     seq = await write(db, noon(day))
     await db.execute(
-        "INSERT INTO dispatcher.pending (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)"
+        "INSERT INTO dispatcher.pending"
+        " (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)"
         " VALUES (1, $1, 0, '1', $2, 'retrying', 1, 'infinity')", seq, noon(day),
     )  # fmt: skip
     retention = Retention(db, 30 * DAY_S, 30 * DAY_S)
@@ -104,7 +109,8 @@ async def test_rows_in_the_default_partition_are_kept_as_long_as_they_are_needed
     assert await db.fetchval("SELECT count(*) FROM dispatcher.outbox_default") == 1
     await db.execute("UPDATE dispatcher.shard SET prev_at = now()")
     await db.execute(
-        "INSERT INTO dispatcher.outbox (type, data, written_at) SELECT 'a.b', '{}', $1 FROM generate_series(1, 6000)", at
+        "INSERT INTO dispatcher.outbox (type, data, written_at) SELECT 'a.b', '{}', $1 FROM generate_series(1, 6000)",
+        at,
     )
     await retention.run()
     assert await db.fetchval("SELECT count(*) FROM dispatcher.outbox_default") == 0

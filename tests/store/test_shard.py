@@ -49,7 +49,8 @@ async def test_flush_moves_everything_in_one_go(db: Any) -> None:
     epoch = await shard.take_over()
     cursor = Cursor((10, 12, (10,)), NOW, (11, 15, ()), None, 12, 7)
     await db.execute(
-        "INSERT INTO dispatcher.pending (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)"
+        "INSERT INTO dispatcher.pending"
+        " (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)"
         " VALUES (1, 99, 0, '1', now(), 'retrying', 1, now())"
     )
     assert await shard.flush(epoch, batch(1, cursor))

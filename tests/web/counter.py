@@ -39,7 +39,9 @@ class Desk:
         return await self.house.start(**settings)
 
     async def webhook(self, path: str = "/", **settings: Any) -> str:
-        made = await self.api.webhook(url=self.receiver.url + path, secret=SECRET, **{"retry": "none", **settings})
+        made = await self.api.webhook(
+            url=self.receiver.url + path, secret=SECRET, **{"retry": "none", "events": ["email.*"], **settings}
+        )
         return str(made["id"])
 
     async def emit(self, *types: str, account: str = "acme", n: int = 0) -> list[str]:
