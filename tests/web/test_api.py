@@ -565,6 +565,7 @@ async def test_a_path_that_leads_nowhere_is_404(api: Api, path: str) -> None:
 
 
 CALLS = [
+    ("POST", "/v1/webhooks/{webhook}/rotate-secret", None),
     ("POST", "/v1/webhooks", GUIDE),
     ("GET", "/v1/webhooks", None),
     ("GET", "/v1/webhooks/{webhook}", None),
