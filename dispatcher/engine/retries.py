@@ -50,7 +50,7 @@ HORIZON: Final = timedelta(minutes=15)  # below the ring's 17
 REFILL_BELOW: Final = timedelta(minutes=7)
 REFILL_ROWS: Final = 20_000
 WHEEL_KEYS_MAX: Final = 200_000  # 50 MB of keys
-FIRE_ROWS: Final = 500
+FIRE_ROWS: Final = 100  # 4 ms of the loop at a time: first attempts wait behind no more of a storm than that
 PULL_ROWS: Final = 128  # per webhook and pull
 PULL_AHEAD_S: Final = 0.1  # a lane is pulled for as much as it sends in that time, and again when half of it is gone
 STALL_S: Final = 1.0  # who has not answered for so long gets no more than its window
