@@ -1,13 +1,13 @@
 """The few exceptions of this program, as a tree. An endpoint that answers 500 is not among them: it is an Attempt.
 
-    DispatcherError
-    ├── ConfigurationError     a setting is wrong; says key, value and what was expected     exit code 2
-    ├── DatabaseUnreachable    PostgreSQL cannot be reached, or does not let us in           exit code 3
-    ├── SchemaMismatch         the schema is older or newer than this program                exit code 2
-    ├── EmbeddedError          the embedded PostgreSQL cannot be found, made or started      exit code 3
-    ├── Fenced                 another daemon holds this shard now; whoever gets this stops writing
-    ├── AddressRefused         a URL or an address the guard does not let through
-    └── Undeliverable          event data that no body can be made of; the event is discarded with the reason
+DispatcherError
+├── ConfigurationError     a setting is wrong; says key, value and what was expected     exit code 2
+├── DatabaseUnreachable    PostgreSQL cannot be reached, or does not let us in           exit code 3
+├── SchemaMismatch         the schema is older or newer than this program                exit code 2
+├── EmbeddedError          the embedded PostgreSQL cannot be found, made or started      exit code 3
+├── Fenced                 another daemon holds this shard now; whoever gets this stops writing
+├── AddressRefused         a URL or an address the guard does not let through
+└── Undeliverable          event data that no body can be made of; the event is discarded with the reason
 """
 
 from __future__ import annotations

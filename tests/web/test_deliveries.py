@@ -221,6 +221,20 @@ async def test_a_retry_right_after_a_resume_is_not_taken_for_one_of_a_disabled_w
     assert desk.receiver.of(event)[-1].headers["X-Trackpost-Delivery"] == made["id"]
 
 
+async def test_what_an_older_registry_does_not_know_is_not_taken_for_gone(desk: Desk) -> None:
+    running = await desk.start()
+    retries = running.engine._retries
+    assert retries is not None
+    newer = retries._registry().version + 1
+    retries.told(99, newer)
+    retries._heed()
+    assert (dict(retries._told), retries._orphans) == ({99: newer}, {})
+    del retries._told[99]
+    retries.told(99, newer - 1)
+    retries._heed()
+    assert (retries._told, list(retries._orphans)) == ({}, [99])
+
+
 async def test_a_retry_for_a_paused_webhook_waits_for_its_resumption(desk: Desk) -> None:
     webhook = await desk.webhook()
     await desk.start()

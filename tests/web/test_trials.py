@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from counter import Desk, open_desk
-from house import SECRET, Arrival, until
+from house import SECRET, Answer, Arrival, until
 
 from dispatcher.core.signing import Signer, new_secret
 from dispatcher.web import trials
@@ -234,16 +235,27 @@ async def test_the_first_delivery_given_up_is_news_and_news_of_news_there_is_non
 
 
 async def test_a_webhook_that_refuses_only_the_news_makes_none(desk: Desk) -> None:
-    refused = {"webhook.failing", "email.bounced"}
+    gate = asyncio.Event()
+
+    async def refuse() -> int:
+        await gate.wait()
+        return 400
+
+    def answer(arrival: Arrival) -> Answer:
+        kind = arrival.headers["X-Trackpost-Event"]
+        return refuse() if kind == "webhook.failing" else 400 if kind == "email.bounced" else 200
+
     webhook = await desk.webhook(events=["*"])
-    desk.receiver.answer = lambda arrival: 400 if arrival.headers["X-Trackpost-Event"] in refused else 200
+    desk.receiver.answer = answer
     await desk.start()
     await desk.emit("email.bounced")
-    await desk.settled(webhook, 2)  # and the news of it
+    await until(lambda: len(desk.receiver.arrivals) == 2)  # and the news of it
     await desk.emit("email.sent")
+    await desk.settled(webhook, 2)  # a success, so what is given up next would be the first again
+    gate.set()
     await desk.settled(webhook, 3)
     assert [kind for kind, _ in await news(desk)] == ["webhook.failing"]
-    await desk.emit("email.bounced")  # the first since a success
+    await desk.emit("email.bounced")
     await desk.settled(webhook, 5)
     assert [kind for kind, _ in await news(desk)] == ["webhook.failing"] * 2
 
