@@ -1,7 +1,7 @@
 """Forwarding live events to a local server, for `trackpost listen`.
 
 Each event is asked of the API's stream and posted to the local server as the dispatcher would: the same bytes, the same
-headers, both signatures, by a secret of this session. One line tells of each event that comes, one of each answer. When
+headers, both signatures, by a secret of this run. One line tells of each event that comes, one of each answer. When
 the connection breaks, that is said, and it is made again from the last event on: nothing is missed, and what comes
 twice is forwarded once.
 """
@@ -242,7 +242,7 @@ class Voice:
         else:
             where = f", forwarding to {printable(forward_to)}" if forward_to else ""
             click.echo(f"Listening to {printable(api)}{where}. Ctrl-C ends.")
-            click.echo(f"Signing secret of this session: {_bold(secret)}")
+            click.echo(f"Signing secret of this run: {_bold(secret)}")
 
     def say_lost(self, reason: str, delay_s: float) -> None:
         """It has ended; when it is tried again."""

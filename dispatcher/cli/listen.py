@@ -48,7 +48,7 @@ async def listen(
 ) -> None:
     """Show live events, and forward them to a local server.
 
-    They are signed by a secret of this session, unless you name yours. Webhooks are not touched: what you have
+    They are signed by a secret of this run, unless you name yours. Webhooks are not touched: what you have
     registered goes on receiving. Retries by hand and replays come along, automatic retries do not. Ctrl-C ends it.
     """
     import secrets

@@ -251,7 +251,7 @@ async def test_people_see_a_line_in_and_a_line_out(api: Api, app: asyncpg.Connec
         local.secrets["express"] = "whsec_" + "QUJD" * 8
         streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
         with shell.start("trackpost", "listen", "--forward-to", f"{local.url}/express", env=env, **streams) as process:
-            await until("Signing secret of this session: whsec_")
+            await until("Signing secret of this run: whsec_")
             event_id = await emit(app, "email.sent")
             await until(f"--> email.sent  {event_id}")
             await until(f"<-- 401  {event_id}")
