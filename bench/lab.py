@@ -630,7 +630,7 @@ class Cell:
     async def fill(self, numbers: range, mix: Mix, *, rest: bool = True) -> None:
         """Commit events, each in a transaction of its own, as fast as it goes; with `rest`, a checkpoint follows."""
         connection, ledger = self.connection, self.ledger
-        await connection.execute("SET synchronous_commit = off")  # of this connection: preparing is not what is measured
+        await connection.execute("SET synchronous_commit = off")  # here alone: preparing is not measured
         with self.lab.watch.over(f"{self.name}: committing", len(numbers)) as step:
             for at in range(numbers.start, numbers.stop, FILL_EVENTS):
                 part = range(at, min(at + FILL_EVENTS, numbers.stop))
