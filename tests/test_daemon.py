@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -143,20 +144,26 @@ def program(tmp_path: Path, database: str) -> Iterator[Callable[..., Program]]:
             each.process.wait()
 
 
-async def subscribe(dsn: str, program: Program, url: str, **more: object) -> str:
+async def subscribe(dsn: str, program: Program, url: str) -> None:
     """Register a webhook over the API, with a key made by the operator's command."""
     key = await asyncio.to_thread(make_key, dsn)
     async with (
         aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session,
-        session.post(f"http://{program.api}/v1/webhooks", json={"url": url, "events": ["*"], **more}) as answer,
+        session.post(f"http://{program.api}/v1/webhooks", json={"url": url, "events": ["*"]}) as answer,
     ):
         assert answer.status == 201, await answer.text()
-        return key
+
+
+async def serving(program: Callable[..., Program], at: str, url: str, **settings: str) -> Program:
+    """A daemon that is ready, with one webhook for everything, on the database `at`."""
+    daemon = program(**settings)
+    daemon.start()
+    await daemon.is_ready()
+    await subscribe(at, daemon, url)
+    return daemon
 
 
 def make_key(dsn: str) -> str:
-    import json
-
     done = subprocess.run(
         [*DISPATCHER, "keys", "create", "--account", "default", "--json"],
         env={**os.environ, "DISPATCHER_DATABASE_DSN": dsn},
@@ -185,10 +192,7 @@ async def connected(dsn: str) -> AsyncIterator[Any]:
 async def test_what_is_committed_arrives_and_what_is_rolled_back_does_not(
     program: Callable[..., Program], receiver: Receiver, database: str
 ) -> None:
-    daemon = program()
-    daemon.start()
-    await daemon.is_ready()
-    await subscribe(database, daemon, f"{receiver.url}/hook")
+    await serving(program, database, f"{receiver.url}/hook")
     async with connected(database) as application, connected(database) as slow:
         open_for_long = slow.transaction()
         await open_for_long.start()
@@ -209,10 +213,7 @@ async def test_what_is_committed_arrives_and_what_is_rolled_back_does_not(
 async def test_kill_9_in_mid_load_loses_nothing_and_repeats_no_more_than_was_out(
     program: Callable[..., Program], receiver: Receiver, database: str
 ) -> None:
-    daemon = program()
-    daemon.start()
-    await daemon.is_ready()
-    await subscribe(database, daemon, f"{receiver.url}/hook")
+    daemon = await serving(program, database, f"{receiver.url}/hook")
     committed: list[str] = []
     rounds = 4
     async with connected(database) as application:
@@ -265,10 +266,7 @@ async def test_a_standby_takes_over_when_the_first_daemon_is_killed(
 async def test_sigterm_waits_for_what_is_in_flight_and_settles_it(
     program: Callable[..., Program], receiver: Receiver, database: str
 ) -> None:
-    daemon = program()
-    daemon.start()
-    await daemon.is_ready()
-    await subscribe(database, daemon, f"{receiver.url}/hold")
+    daemon = await serving(program, database, f"{receiver.url}/hold")
     async with connected(database) as application:
         (event,) = await emit(application, 1)
         await until(lambda: receiver.ids("/hold")[event] == 1, "the request to be out")
@@ -283,10 +281,7 @@ async def test_sigterm_waits_for_what_is_in_flight_and_settles_it(
 async def test_a_second_signal_exits_at_once_and_loses_nothing(
     program: Callable[..., Program], receiver: Receiver, database: str
 ) -> None:
-    daemon = program()
-    daemon.start()
-    await daemon.is_ready()
-    await subscribe(database, daemon, f"{receiver.url}/hold")
+    daemon = await serving(program, database, f"{receiver.url}/hold")
     async with connected(database) as application:
         (event,) = await emit(application, 1)
         await until(lambda: receiver.ids("/hold")[event] == 1, "the request to be out")
@@ -303,10 +298,7 @@ async def test_a_second_signal_exits_at_once_and_loses_nothing(
 async def test_a_drain_that_is_cut_short_releases_the_delivery_uncounted(
     program: Callable[..., Program], receiver: Receiver, database: str
 ) -> None:
-    daemon = program(DISPATCHER_DELIVERY_DRAIN_S="0.2")
-    daemon.start()
-    await daemon.is_ready()
-    await subscribe(database, daemon, f"{receiver.url}/hold")
+    daemon = await serving(program, database, f"{receiver.url}/hold", DISPATCHER_DELIVERY_DRAIN_S="0.2")
     async with connected(database) as application:
         (event,) = await emit(application, 1)
         await until(lambda: receiver.ids("/hold")[event] == 1, "the request to be out")
@@ -353,12 +345,10 @@ async def test_the_daemon_survives_a_restart_of_postgresql(
     given = os.environ.get("DISPATCHER_TEST_BIN")
     server = EmbeddedPostgres(tmp_path / "postgres", Path(given) if given else None)
     server.start()
+    daemon = None
     try:
         await migrate(server.dsn)
-        daemon = program(dsn=server.dsn)
-        daemon.start()
-        await daemon.is_ready()
-        await subscribe(server.dsn, daemon, f"{receiver.url}/hook")
+        daemon = await serving(program, server.dsn, f"{receiver.url}/hook", dsn=server.dsn)
         async with connected(server.dsn) as application:
             sent = await emit(application, 300)
             await until(lambda: len(receiver.got) > 20, "the load to be under way")
@@ -372,10 +362,9 @@ async def test_the_daemon_survives_a_restart_of_postgresql(
             await until(lambda: set(sent) <= set(receiver.ids()), "every committed event")
             await until_settled(application, len(sent))
     finally:
-        for process in (daemon.process,):
-            if process is not None:
-                process.kill()
-                process.wait()
+        if daemon is not None:
+            daemon.signal(signal.SIGKILL)
+            await daemon.ended()
         server.stop()
 
 
