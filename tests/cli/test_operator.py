@@ -281,6 +281,7 @@ def test_running_daemon_is_seen_by_status_and_drains_on_sigterm(operator: Shell)
             with operator.start("dispatcher", "status", "--watch") as watch:
                 watched = [json.loads(watch.stdout.readline()) for _ in range(2)]
                 watch.send_signal(signal.SIGINT)
+                watch.communicate(timeout=30)  # a pipe closed under a line being written would be its own exit code
             daemon.send_signal(signal.SIGTERM)
             _, rest = daemon.communicate(timeout=30)
         finally:
