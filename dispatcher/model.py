@@ -87,10 +87,9 @@ class Attempt:
 
     __slots__ = ("body", "duration_s", "error", "head", "result", "retry_after", "sent_at", "status")
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  by position on the hot path
         self,
         result: Result,
-        *,
         status: int = 0,
         error: str | None = None,
         retry_after: bytes | None = None,

@@ -38,7 +38,16 @@ from dispatcher.core.window import Health
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
 from dispatcher.engine.transport import Released, Transport
 from dispatcher.errors import AddressRefused, Undeliverable
-from dispatcher.model import Attempt, DeliveryKey, DeliveryState, Endpoint, EndpointId, EndpointStatus, Result
+from dispatcher.model import (
+    Attempt,
+    BodyStyle,
+    DeliveryKey,
+    DeliveryState,
+    Endpoint,
+    EndpointId,
+    EndpointStatus,
+    Result,
+)
 from dispatcher.telemetry import Telemetry
 
 PULL_BELOW: Final = 64  # whoever has more than this queued is not asked whether it is hungry
@@ -51,6 +60,7 @@ _RETRYING: Final = DeliveryState.RETRYING.value
 _EXHAUSTED: Final = DeliveryState.EXHAUSTED.value
 _DISCARDED: Final = DeliveryState.DISCARDED.value
 _PENDING: Final = DeliveryState.PENDING.value
+_COMPACT: Final = BodyStyle.COMPACT
 
 
 class Row(Enum):
@@ -59,6 +69,9 @@ class Row(Enum):
     NONE = "none"
     DUE = "due"
     HELD = "held"
+
+
+_NO_ROW: Final = Row.NONE
 
 
 def payload_of(event_id: str, type_: str, created_at: datetime | None, data: str | None) -> Payload:
@@ -73,12 +86,13 @@ def payload_of(event_id: str, type_: str, created_at: datetime | None, data: str
 class Event:
     """One event in memory: where it lies in the outbox, and its payload."""
 
-    __slots__ = ("payload", "seq", "written_at", "xid")
+    __slots__ = ("payload", "seq", "written_at", "written_unix", "xid")
 
     def __init__(self, seq: int, xid: int, written_at: datetime, payload: Payload) -> None:
         self.seq = seq
         self.xid = xid
         self.written_at = written_at
+        self.written_unix = written_at.timestamp()
         self.payload = payload
 
 
@@ -383,7 +397,8 @@ class Deliverer:
         self.passed_on += 1
         self._ledger.attempt(delivery, None, _DISCARDED, delivery.attempts, reason)
         self._telemetry.deliveries[_DISCARDED] += 1
-        self._settled(delivery)
+        if delivery.row is not _NO_ROW:
+            self._ledger.settled(delivery)
 
     # ── out ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -413,22 +428,25 @@ class Deliverer:
         if subscriber.origin is None:
             self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=subscriber.error))
             return
-        payload = delivery.event.payload
-        try:
-            body = payload.body(endpoint.body_style)
-        except Undeliverable as error:
-            self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=str(error)))
-            return
-        wall = self._wall()
+        event = delivery.event
+        payload = event.payload
+        if endpoint.body_style is _COMPACT:
+            body = payload.compact
+        else:
+            try:
+                body = payload.body(endpoint.body_style)
+            except Undeliverable as error:
+                self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=str(error)))
+                return
+        delivery.sent_wall = wall = self._wall()
         if wall >= subscriber.resign_at:
             self._equip(subscriber)
-        delivery.sent_wall = wall
         event_id, timestamp = payload.event_id.encode(), b"%d" % wall
         signed = subscriber.signer.headers(event_id, timestamp, body, by_previous=delivery.other_secret)
         request = self._fields % (
             subscriber.head,
             payload.type.encode(),
-            self._ids.id_of(endpoint.id, delivery.event.seq, delivery.generation).encode(),
+            self._ids.id_of(endpoint.id, event.seq, delivery.generation).encode(),
             delivery.attempts + 1,
             event_id,
             timestamp,
@@ -453,7 +471,7 @@ class Deliverer:
         self.in_flight.remove(delivery)
         self.passed_on += 1
         subscriber.answered_at = now
-        outcome = RELEASED if isinstance(attempt, Released) else judge(attempt.result, attempt.status)
+        outcome = RELEASED if type(attempt) is Released else judge(attempt.result, attempt.status)
         self._settle(delivery, attempt, outcome)
         dead = self.lanes.done(lane, outcome.signal, delivery.era, now, self._dead_delay_s)
         if dead is not None:
@@ -478,13 +496,14 @@ class Deliverer:
         if verdict is Verdict.RELEASE:
             self._release(delivery)
             return
+        duration_s = attempt.duration_s
         telemetry.attempts[attempt.result] += 1
-        telemetry.attempt_duration.observe(attempt.duration_s)
+        telemetry.attempt_duration.observe(duration_s)
         subscriber = delivery.subscriber
-        subscriber.lane.observe(attempt.duration_s)
+        subscriber.lane.observe(duration_s)
         number = delivery.attempts + 1
         if number == 1 and attempt.sent_at and not delivery.generation:  # a replay's age says nothing of us
-            telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - delivery.event.written_at.timestamp()))
+            telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - delivery.event.written_unix))
         if verdict is Verdict.DELIVERED:
             state = _DELIVERED
             subscriber.error = None
@@ -501,8 +520,8 @@ class Deliverer:
         # What a webhook makes of our own news teaches nothing: there would be news of news without end.
         if delivery.event.payload.type not in OWN_TYPES:
             self._ledger.learn(subscriber.endpoint, state, subscriber.error)
-        if state is not _RETRYING:
-            self._settled(delivery)
+        if state is not _RETRYING and delivery.row is not _NO_ROW:
+            self._ledger.settled(delivery)
 
     def _retry(self, delivery: Delivery, attempt: Attempt, outcome: Outcome, number: int) -> str:
         """Plan the next attempt; return the delivery's state."""
@@ -535,10 +554,6 @@ class Deliverer:
         self._write_row(delivery, due)
         if delivery.subscriber.endpoint.ordered:
             self._wait_for(delivery)
-
-    def _settled(self, delivery: Delivery) -> None:
-        if delivery.row is not Row.NONE:
-            self._ledger.settled(delivery)
 
     # ── what holds the cursor, and what ends ───────────────────────────────────────────────────────────────────────
 

@@ -124,13 +124,17 @@ class Ledger:
             )  # fmt: skip
         else:
             row = (
-                event.seq, event.xid, endpoint_id, delivery.generation, number, state, attempt.result.value,
-                attempt.status or None, min(int(attempt.duration_s * 1e6), DURATION_US_MAX), _storable(error),
-                attempt.head, attempt.body,
+                event.seq, event.xid, endpoint_id, delivery.generation, number, state, attempt.result,
+                attempt.status or None, min(int(attempt.duration_s * 1e6), DURATION_US_MAX),
+                error and _storable(error), attempt.head, attempt.body,
             )  # fmt: skip
-        self._open.attempts.append(row)
-        self._resolve(delivery)
-        self._arm()
+        opened = self._open
+        opened.attempts.append(row)
+        if delivery.page is not None:
+            opened.pages.append(delivery.page)
+            delivery.page = None
+        if not self._urgent or len(opened.attempts) >= BATCH_ROWS_MAX:
+            self._arm()
 
     def pending(
         self, delivery: Delivery, state: str, due: datetime, error: str | None, *, straggler: bool = False

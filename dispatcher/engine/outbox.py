@@ -61,6 +61,7 @@ ROOM_S: Final = 0.002
 FAST_LANE_S: Final = 5.0  # a queue that is done within this is waited for, not spilled: half of all at 2,000/s
 STALLED_S: Final = 1.0  # what has stood still for so long is not fast any more, whatever it was
 FAST_LANE_PATIENCE_S: Final = 0.05
+CROWD_MIN: Final = 64
 CURSOR_EVERY_S: Final = 60.0
 
 
@@ -221,12 +222,14 @@ class OutboxReader:
             known = await self._known(pairs)
             pairs = [pair for pair in pairs if (pair[1].id, pair[0].seq) not in known] if known else pairs
         deliverer = self._deliverer
+        # Half of all room is free now, so that no short lane can be full, unless the room is no more than some pages.
+        crowd = CROWD_MIN if deliverer.lanes.queued_max > 8 * self._page_rows else 0
+        opened.left += len(pairs)
         for event, endpoint in pairs:
             subscriber = deliverer.subscriber(endpoint)
-            if self._crowded(subscriber):
+            if len(subscriber.lane.todo) >= crowd and self._crowded(subscriber):
                 await self._wait_for_lane(subscriber)
                 subscriber = deliverer.subscriber(endpoint)
-            opened.left += 1
             deliverer.offer(Delivery(event, subscriber, opened))
         self._telemetry.read += len(pairs)
         opened.left -= 1

@@ -63,6 +63,7 @@ DIALS_PER_ORIGIN_MAX: Final = 8
 _END: Final = b"\r\n\r\n"
 _BY_CLASS: Final = {2: Result.OK, 3: Result.REDIRECT, 4: Result.CLIENT_ERROR, 5: Result.SERVER_ERROR}
 _RESULTS: Final = tuple(_BY_CLASS.get(status // 100, Result.PROTOCOL) for status in range(1000))
+_OK: Final = Result.OK
 _deadline: Final = attrgetter("deadline")
 
 
@@ -332,19 +333,16 @@ class Connection(asyncio.Protocol):
         origin = self._origin
         now = origin.time()
         result = _RESULTS[status]
+        retry_after = None if result is _OK else _field(self._head(), b"retry-after")
         attempt = Attempt(
-            result,
-            status=status,
-            retry_after=None if result is Result.OK else _field(self._head(), b"retry-after"),
-            head=head,
-            body=self._body,
-            sent_at=self._sent_at,
-            duration_s=now - request.submitted_at,
+            result, status, None, retry_after, head, self._body, self._sent_at, now - request.submitted_at
         )
         self._request = None
         if self._keep_alive and not self._surplus and not self._paused:
             self._reused = True
-            self._reset()
+            self._raw = self._body = b""  # as in _reset; what stays is as it was
+            self._received = self._interims = self._status = 0
+            self._complete = False
             if origin.waiting or origin.closed:
                 origin.take_back(self, now)
             else:

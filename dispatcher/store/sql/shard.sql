@@ -35,8 +35,21 @@ SELECT (SELECT last_value FROM dispatcher.outbox_seq) AS newest_seq,
 SELECT pg_current_xact_id();
 
 -- name: flush
-SELECT dispatcher.flush($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22,
-                        $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34);
+-- A column of attempts that says the same in every row comes as one element: most are first ones that were delivered.
+SELECT dispatcher.flush(
+    $1, $2, $3, $4, $5, $6, $7, $8, $9,
+    CASE WHEN cardinality($10::xid8[]) = 1 THEN array_fill(($10::xid8[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $10::xid8[] END,
+    CASE WHEN cardinality($11::integer[]) = 1 THEN array_fill(($11::integer[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $11::integer[] END,
+    CASE WHEN cardinality($12::integer[]) = 1 THEN array_fill(($12::integer[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $12::integer[] END,
+    CASE WHEN cardinality($13::smallint[]) = 1 THEN array_fill(($13::smallint[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $13::smallint[] END,
+    CASE WHEN cardinality($14::text[]) = 1 THEN array_fill(($14::text[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $14::text[] END,
+    CASE WHEN cardinality($15::text[]) = 1 THEN array_fill(($15::text[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $15::text[] END,
+    CASE WHEN cardinality($16::smallint[]) = 1 THEN array_fill(($16::smallint[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $16::smallint[] END,
+    CASE WHEN cardinality($17::integer[]) = 1 THEN array_fill(($17::integer[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $17::integer[] END,
+    CASE WHEN cardinality($18::text[]) = 1 THEN array_fill(($18::text[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $18::text[] END,
+    CASE WHEN cardinality($19::bytea[]) = 1 THEN array_fill(($19::bytea[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $19::bytea[] END,
+    CASE WHEN cardinality($20::bytea[]) = 1 THEN array_fill(($20::bytea[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $20::bytea[] END,
+    $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34);
 
 -- name: heartbeat
 INSERT INTO dispatcher.instance (id, host, pid, role, version, started_at, heartbeat_at, snapshot)
