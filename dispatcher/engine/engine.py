@@ -121,7 +121,7 @@ class Engine:
             retries_queued_max=settings.max_queued // RETRIES_SHARE,
             in_flight_max=settings.max_in_flight,
         )
-        self.ledger = Ledger(self.telemetry, loop, buffered_max=BUFFERED_MAX)
+        self.ledger = Ledger(self.telemetry, loop, buffered_max=BUFFERED_MAX, wall=wall)
         self.ledger.disable_after_s = settings.disable_after_s
         self.deliverer = Deliverer(
             lanes=lanes,
