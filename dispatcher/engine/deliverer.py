@@ -186,7 +186,7 @@ class Deliverer:
         self.rows: set[DeliveryKey] = set()  # in memory, and in a pending row too
         self.taken = 0  # deliveries taken over, ever
         self.passed_on = 0  # of these, to the ledger or back
-        self.in_flight: set[Delivery] = set()
+        self.in_flight: dict[Delivery, None] = {}  # in the order they went out
         self.running = False  # False: nothing new goes out
         self.on_hungry: Callable[[Subscriber], None] = lambda subscriber: None
         self.on_dismissed: Callable[[int], None] = lambda endpoint_id: None
@@ -395,7 +395,7 @@ class Deliverer:
         while (turn := lanes.next(now)) is not None:
             lane, delivery = turn
             delivery.era = lane.window.generation
-            self.in_flight.add(delivery)
+            self.in_flight[delivery] = None
             self._send(delivery)
         wake = lanes.next_wake()
         if wake is not None and (self._timer is None or wake < self._timer.when()):
@@ -450,7 +450,7 @@ class Deliverer:
             delivery.other_secret = True  # a rotation under way: the other secret, at once, not counted
             self._send(delivery)
             return
-        self.in_flight.remove(delivery)
+        del self.in_flight[delivery]
         self.passed_on += 1
         subscriber.answered_at = now
         outcome = RELEASED if isinstance(attempt, Released) else judge(attempt.result, attempt.status)
