@@ -96,6 +96,18 @@ async def connect(dsn: str, *, name: str, engine: bool = False, settings: Mappin
         raise DatabaseUnreachable(f"cannot connect to PostgreSQL at {place(dsn)}: {_explain(error)}") from error
 
 
+async def close(connection: Any, timeout_s: float) -> None:
+    """End a connection: politely if that can be done within `timeout_s`, else at once. Raises nothing of its own.
+
+    asyncpg's own timeout begins only when a cancelled statement has ended, which on a dead network it does not.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await connection.close()
+    except Exception:  # noqa: BLE001  whatever state it is in, it ends here
+        connection.terminate()
+
+
 async def open_pool(dsn: str, *, size: int, name: str = "dispatcher web") -> Any:
     """A pool for the outside. Raises DatabaseUnreachable when not even one connection can be made."""
     try:
