@@ -37,7 +37,7 @@ from dispatcher.engine.retries import Retries
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
 from dispatcher.model import EndpointStatus
-from dispatcher.store.database import TROUBLE, check_schema, close, connect, statements
+from dispatcher.store.database import TROUBLE, check_schema, close, connect, raise_if_cancelled, statements
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.outbox import CLOCK_SLACK
 from dispatcher.store.pending import PendingStore
@@ -400,6 +400,7 @@ class Engine:
                 finally:
                     await close(connection, CLOSE_S)
             except (DatabaseUnreachable, *TROUBLE) as error:
+                raise_if_cancelled()
                 log.warning("retention.failed", reason=str(error), retry_in_s=RETENTION_S)
             await asyncio.sleep(RETENTION_S)
             settings = self.settings

@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from dispatcher.errors import DatabaseUnreachable
-from dispatcher.store.database import TROUBLE, connect
+from dispatcher.store.database import TROUBLE, connect, raise_if_cancelled
 from dispatcher.store.replays import ReplayStore
 
 STEP_S: Final = 0.25  # between two rounds: a step makes 500 deliveries, so 2000 a second for each job
@@ -44,6 +44,7 @@ class Replays:
                 finally:
                     connection.terminate()
             except (DatabaseUnreachable, *TROUBLE) as error:
+                raise_if_cancelled()
                 log.warning("replays.failed", reason=str(error) or type(error).__name__, retry_in_s=SAFETY_S)
             try:
                 async with asyncio.timeout(SAFETY_S):

@@ -55,6 +55,13 @@ _SETTINGS: Final = {"jit": "off", "timezone": "UTC", "search_path": "pg_catalog,
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 
 
+def raise_if_cancelled() -> None:
+    """For loops that survive TROUBLE: end if the task was cancelled, and a clean-up's failure took the place of that."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 @functools.cache
 def statements(file: str) -> Mapping[str, str]:
     """The named statements of `sql/<file>.sql`, each under its `-- name: …` header."""
