@@ -299,7 +299,7 @@ class World:
         await asyncio.sleep(self.plan.length_s)
         await self._heal()
         give_up_at = self.loop.now + HEALING_S
-        while not (self.judge.is_settled and not any(map(self._is_busy, self.daemons))):
+        while not (self.judge.is_settled and self._is_idle()):
             if self.loop.now > give_up_at:
                 owed = sorted(self.judge.owed)[:10]
                 self.judge.fail(f"never settled: {owed} owed, {sorted(self.server.pending)[:10]} pending")
@@ -314,11 +314,12 @@ class World:
         self.judge.conclude()
         self.note("over", f"{self.judge.repeats} repeats of {self.judge.allowance}")
 
-    def _is_busy(self, daemon: Daemon) -> bool:
-        engine = daemon.engine
-        if engine is None:
-            return True
-        return bool(engine.deliverer.in_flight or engine.deliverer.lanes.queued or engine.ledger.buffered)
+    def _is_idle(self) -> bool:
+        """Whether somebody is active, and nobody active has anything to do."""
+        active = [daemon.engine for daemon in self.daemons if daemon.engine is not None and daemon.engine.role == "active"]
+        return bool(active) and not any(
+            engine.deliverer.in_flight or engine.deliverer.lanes.queued or engine.ledger.buffered for engine in active
+        )
 
     def _bury(self) -> None:
         """End whatever is left of the run, the dead included, so that nothing of it haunts the next."""
