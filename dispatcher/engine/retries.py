@@ -150,7 +150,10 @@ class Retries:
             return
         subscriber = self._deliverer.subscriber(endpoint)
         subscriber.held = subscriber.backlog = True
-        subscriber.head_key = head if endpoint.ordered else None
+        if not endpoint.ordered:
+            subscriber.head_key = None
+        elif subscriber.head_key not in self._deliverer.rows:  # else it failed just now: the database has yet to hear
+            subscriber.head_key = head
         subscriber.rewind()
         self.hungry(subscriber)
 

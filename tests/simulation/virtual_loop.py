@@ -85,7 +85,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._timers: list[tuple[float, int, asyncio.TimerHandle, Process | None]] = []
         self._numbers = itertools.count(1)
         self._instant_steps = 0
-        self._stopped = False
         self._closed = False
 
     # ── what asyncio asks for ──────────────────────────────────────────────────────────────────────────────────────
@@ -155,9 +154,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         assert self.network is not None
         return await self.network.create_connection(protocol_factory, sock)
 
-    def stop(self) -> None:
-        self._stopped = True
-
     def close(self) -> None:
         self._ready.clear()
         self._timers.clear()
@@ -165,11 +161,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def run_until_complete(self, future: Coroutine[Any, Any, T]) -> T:  # type: ignore[override]
         task = self.create_task(future, name="main")
-        task.add_done_callback(lambda _: self.stop())
-        self._stopped = False
         asyncio._set_running_loop(self)
         try:
-            while not self._stopped:
+            while not task.done():
                 self._turn()
         finally:
             asyncio._set_running_loop(None)
