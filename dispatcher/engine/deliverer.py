@@ -133,7 +133,7 @@ class Subscriber:
 
     __slots__ = (
         "after", "answered_at", "backlog", "behind", "endpoint", "error", "head", "head_key", "held", "lane", "origin",
-        "parks", "resign_at", "signer", "unflushed",
+        "parks", "resign_at", "returned", "signer", "unflushed",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, lane: Lane[Delivery]) -> None:
@@ -151,6 +151,7 @@ class Subscriber:
         self.head_key: DeliveryKey | None = None  # ordered: the failed delivery the others wait for
         self.parks = 0  # times something was parked, ever
         self.unflushed = 0  # parked and not yet in the database
+        self.returned = 0  # ordered: how many of these must be there before a pull sees them in their order
         self.answered_at = 0.0  # loop time of its last result
 
     def rewind(self, to: tuple[int, int] = FIRST_KEY) -> None:
@@ -375,8 +376,12 @@ class Deliverer:
         self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, due, error)
 
     def _put_back(self, deliveries: Iterable[Delivery]) -> None:
+        """Hold what was queued. Younger ones may have been parked before, in a batch that commits before this one."""
         for delivery in deliveries:
             self.park(delivery)
+            subscriber = delivery.subscriber
+            subscriber.returned = subscriber.unflushed
+            subscriber.rewind((delivery.event.seq, delivery.generation - 1))
 
     def discard(self, delivery: Delivery, reason: str) -> None:
         """Settle a delivery that will never be sent, without an attempt."""

@@ -292,6 +292,7 @@ class Ledger:
         self._written = batch.cursor or self._written
         for subscriber, seq, generation in opened.parked:
             subscriber.unflushed -= 1
+            subscriber.returned = max(0, subscriber.returned - 1)
             subscriber.rewind((seq, generation - 1))
         due = [(key, row[7]) for key, row in opened.pending.items() if row[7] is not HELD_UNTIL]
         parked = list({id(parked[0]): parked[0] for parked in opened.parked}.values()) if opened.parked else []

@@ -273,7 +273,9 @@ class Retries:
         lane, window = subscriber.lane, subscriber.lane.window
         if not subscriber.held or lane.paused:
             return 0
-        if subscriber.head_key is not None or (subscriber.endpoint.ordered and self._recovering()):
+        if subscriber.head_key is not None:
+            return 0
+        if subscriber.endpoint.ordered and (subscriber.returned or self._recovering()):
             return 0
         if window.health is Health.DEAD:
             return PROBE_ROWS if self._loop.time() >= window.dead_until else 0
