@@ -301,11 +301,11 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
             return
         before = self.arrivals[key, arrival.attempt]
         is_again = bool(before) and self._is_excused(before[-1], arrival)
+        if name in self.fenced:
+            self.allowance += 1  # what it sends before it knows is sent by its successor, too
         if before and not is_again:
             self.repeats += 1
             self.note("repeat", f"{key} attempt {arrival.attempt}")
-            if name in self.fenced:
-                self.allowance += 1
         before.append(arrival)
         if settings.secrets and arrival.by_legacy < 0:
             self.fail(f"{key} was signed by none of its secrets")
