@@ -154,6 +154,10 @@ class Subscriber:
         self.returned = 0  # ordered: how many of these must be there before a pull sees them in their order
         self.answered_at = 0.0  # loop time of its last result
 
+    def await_order(self) -> None:
+        """Ordered: pull nothing before all that is parked by now is in the database. Something older is among it."""
+        self.returned = self.unflushed
+
     def rewind(self, to: tuple[int, int] = FIRST_KEY) -> None:
         """Pull again from behind `to`: something was put there."""
         self.after = min(self.after, to)
@@ -380,7 +384,7 @@ class Deliverer:
         for delivery in deliveries:
             self.park(delivery)
             subscriber = delivery.subscriber
-            subscriber.returned = subscriber.unflushed
+            subscriber.await_order()
             subscriber.rewind((delivery.event.seq, delivery.generation - 1))
 
     def discard(self, delivery: Delivery, reason: str) -> None:
