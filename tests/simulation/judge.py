@@ -89,6 +89,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         self.starts: dict[tuple[str, int, int], list[float]] = defaultdict(list)
         self.youngest: dict[tuple[str, int, int], tuple[float, int]] = {}  # of the youngest event started
         self.paused: dict[tuple[str, int], float] = {}  # (process, endpoint) -> when it learnt of the pause
+        self.latest_wall = 0.0  # before the clock was set back: what was due then is due
         self.is_unsound = False  # a crash has undone commits: order and repeats say nothing any more
         self._ids = ids
         self._balanced_at = 0
@@ -333,10 +334,10 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
 
     @staticmethod
     def _is_excused(before: Arrival, arrival: Arrival) -> bool:
-        """The second try during a rotation, or on a fresh connection after a stale one."""
-        if before.process is not arrival.process:
-            return False
-        return before.status in {401, 403} or (before.reused and before.cut)
+        """The second try during a rotation, or after a connection that was perhaps stale: no attempt was counted."""
+        if before.reused and before.cut:
+            return True
+        return before.process is arrival.process and before.status in {401, 403}
 
     def _judge_due(self, key: Key, arrival: Arrival) -> None:
         row = self.server.pending.get(key)
@@ -344,7 +345,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
             self.fail(f"{key} is tried again and has no pending row")
         elif row[6] != arrival.attempt - 1:
             self.fail(f"attempt {arrival.attempt} of {key} is out, its row counts {row[6]}")
-        elif row[7] is not HELD and row[7].timestamp() > arrival.wall + EARLY_S:
+        elif row[7] is not HELD and row[7].timestamp() > max(arrival.wall, self.latest_wall) + EARLY_S:
             self.fail(f"attempt {arrival.attempt} of {key} is {row[7].timestamp() - arrival.wall:.3f} s early")
 
     def _judge_rate(self, place: tuple[str, int, int], rate: float) -> None:

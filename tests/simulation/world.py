@@ -572,6 +572,7 @@ class World:
     def _step_clock(self) -> None:
         by_s = self.dice.choice((-3600.0, -7.0, -0.5, 0.5, 7.0, 3600.0))
         self.note("clock", f"{by_s}")
+        self.judge.latest_wall = max(self.judge.latest_wall, self.wall())
         if self.dice.random() < 0.7:
             self.wall_offset_s += by_s
         else:
