@@ -115,7 +115,10 @@ class Retries:
                 subscriber.head_key = None  # settled, or held like the others: the oldest is next
                 self.hungry(subscriber)
         for subscriber in committed.parked:
-            self.hungry(subscriber)
+            if subscribers.get(subscriber.endpoint.id) is subscriber:
+                self.hungry(subscriber)
+            else:  # dismissed while its rows were on their way
+                self.orphaned(subscriber.endpoint.id)
         for key, due in committed.due:
             self._wait(key, due)
         self._deliverer.pump()  # it may have stopped because the ledger was full
