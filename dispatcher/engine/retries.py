@@ -387,11 +387,11 @@ class Retries:
 
     async def _bury(self) -> None:
         """Discard what is held for webhooks that are gone or disabled, a bounded step at a time."""
-        for endpoint_id in list(self._orphans):
-            endpoint = self._registry().by_id(EndpointId(endpoint_id))
-            if endpoint is not None and endpoint.status is not EndpointStatus.DISABLED:
-                del self._orphans[endpoint_id]
-                self._adopt(endpoint_id, None)  # resumed meanwhile: what is left of it is held
+        back = [endpoint_id for endpoint_id in self._orphans if self._is_alive(endpoint_id)]
+        heads = await self._pending.heads() if back else {}
+        for endpoint_id in back:  # resumed meanwhile: what is left of it is held
+            self._orphans.pop(endpoint_id, None)
+            self._adopt(endpoint_id, heads.get(endpoint_id))
         positions = [(endpoint_id, *after, ORPHAN_ROWS) for endpoint_id, after in list(self._orphans.items())[:4]]
         if not positions:
             return
@@ -408,6 +408,10 @@ class Retries:
                 self._orphans[endpoint_id] = (own[-1][1], own[-1][2])
         if self._orphans:
             self._wake.set()
+
+    def _is_alive(self, endpoint_id: int) -> bool:
+        endpoint = self._registry().by_id(EndpointId(endpoint_id))
+        return endpoint is not None and endpoint.status is not EndpointStatus.DISABLED
 
     def orphaned(self, endpoint_id: int) -> None:
         """A webhook was deleted or disabled: what is held for it goes."""
