@@ -498,6 +498,8 @@ class World:
             mood = Mood.BROKEN  # what waits for a connection would come all at once
         self._set_mood(settings.receiver, mood)
         self._later(dice.choice((0.5, 4.0, 15.0)), self._set_mood, settings.receiver, Mood.WELL)
+        if mood is Mood.GONE and dice.random() < 0.7:
+            self._act(self._enable_again(settings, dice.choice((0.1, 2.0, 6.0))))
 
     def _set_mood(self, receiver: Receiver, mood: Mood) -> None:
         self.note("mood", f"{receiver.port} {mood.value}")
@@ -604,6 +606,11 @@ class World:
             await asyncio.sleep(seconds)
             await self._call("resume", settings)
 
+    async def _enable_again(self, settings: Settings, after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        self._set_mood(settings.receiver, Mood.WELL)
+        await self._call("resume", settings)
+
     async def _call(self, name: str, settings: Settings, *arguments: Any) -> Any:
         """One call of the API's, on a connection of its own; None if it came to nothing."""
         row = self.server.endpoints.get(settings.id)
@@ -705,6 +712,8 @@ class World:
         self.note("heal")
         self.healed = True
         self.weather.ambush = None
+        self.judge.latest_wall = max(self.judge.latest_wall, self.wall())
+        self.wall_offset_s = max(self.wall_offset_s, 0.0)  # or retries would wait for hours, rightly
         self._fuse = None
         for settings in self.settings:
             self._set_mood(settings.receiver, Mood.WELL)
