@@ -433,7 +433,9 @@ class Deliverer:
             self._equip(subscriber)
         delivery.sent_wall = wall
         event_id, timestamp = payload.event_id.encode(), b"%d" % wall
-        signed = subscriber.signer.headers(event_id, timestamp, body, by_previous=delivery.other_secret)
+        signer = subscriber.signer  # the grace may have ended with the answer that asked for the other secret
+        by_previous = delivery.other_secret and signer.is_rotating
+        signed = signer.headers(event_id, timestamp, body, by_previous=by_previous)
         request = self._fields % (
             subscriber.head,
             payload.type.encode(),
