@@ -395,17 +395,20 @@ class Retries:
         positions = [(endpoint_id, *after, ORPHAN_ROWS) for endpoint_id, after in list(self._orphans.items())[:4]]
         if not positions:
             return
+        for endpoint_id, _, _, _ in positions:
+            del self._orphans[endpoint_id]  # whoever finds another one meanwhile puts it back
+        self._gone = set()
         rows = await self._pending.pull(positions)
         for endpoint_id, _, _, _ in positions:
             own = [row for row in rows if row[0] == endpoint_id]
             for row in own:
                 key = (row[0], row[1], row[2])
-                if key not in self._deliverer.rows and not self._has_left(key):
+                if self._has_left(key):
+                    self._orphans[endpoint_id] = FIRST_KEY  # written again while we looked: look again
+                elif key not in self._deliverer.rows:
                     self._bury_row(row, "the webhook is gone or disabled")
-            if len(own) < ORPHAN_ROWS:
-                del self._orphans[endpoint_id]
-            else:
-                self._orphans[endpoint_id] = (own[-1][1], own[-1][2])
+            if len(own) == ORPHAN_ROWS:
+                self._orphans.setdefault(endpoint_id, (own[-1][1], own[-1][2]))
         if self._orphans:
             self._wake.set()
 
