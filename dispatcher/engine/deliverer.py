@@ -147,7 +147,7 @@ class Subscriber:
 
     __slots__ = (
         "after", "answered_at", "backlog", "behind", "endpoint", "error", "head", "head_key", "held", "lane", "origin",
-        "parks", "resign_at", "signer", "unflushed",
+        "parks", "resign_at", "returned", "signer", "unflushed",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, lane: Lane[Delivery]) -> None:
@@ -165,7 +165,12 @@ class Subscriber:
         self.head_key: DeliveryKey | None = None  # ordered: the failed delivery the others wait for
         self.parks = 0  # times something was parked, ever
         self.unflushed = 0  # parked and not yet in the database
+        self.returned = 0  # ordered: how many of these must be there before a pull sees them in their order
         self.answered_at = 0.0  # loop time of its last result
+
+    def await_order(self) -> None:
+        """Ordered: pull nothing before all that is parked by now is in the database. Something older is among it."""
+        self.returned = self.unflushed
 
     def rewind(self, to: tuple[int, int] = FIRST_KEY) -> None:
         """Pull again from behind `to`: something was put there."""
@@ -200,7 +205,7 @@ class Deliverer:
         self.rows: set[DeliveryKey] = set()  # in memory, and in a pending row too
         self.taken = 0  # deliveries taken over, ever
         self.passed_on = 0  # of these, to the ledger or back
-        self.in_flight: set[Delivery] = set()
+        self.in_flight: dict[Delivery, None] = {}  # in the order they went out
         self.running = False  # False: nothing new goes out
         self.on_hungry: Callable[[Subscriber], None] = lambda subscriber: None
         self.on_dismissed: Callable[[int], None] = lambda endpoint_id: None
@@ -389,8 +394,12 @@ class Deliverer:
         self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, due, error)
 
     def _put_back(self, deliveries: Iterable[Delivery]) -> None:
+        """Hold what was queued. Younger ones may have been parked before, in a batch that commits before this one."""
         for delivery in deliveries:
             self.park(delivery)
+            subscriber = delivery.subscriber
+            subscriber.await_order()
+            subscriber.rewind((delivery.event.seq, delivery.generation - 1))
 
     def discard(self, delivery: Delivery, reason: str) -> None:
         """Settle a delivery that will never be sent, without an attempt."""
@@ -410,7 +419,7 @@ class Deliverer:
         while (turn := lanes.next(now)) is not None:
             lane, delivery = turn
             delivery.era = lane.window.generation
-            self.in_flight.add(delivery)
+            self.in_flight[delivery] = None
             self._send(delivery)
         wake = lanes.next_wake()
         if wake is not None and (self._timer is None or wake < self._timer.when()):
@@ -442,7 +451,9 @@ class Deliverer:
         if wall >= subscriber.resign_at:
             self._equip(subscriber)
         event_id, timestamp = payload.event_id.encode(), b"%d" % wall
-        signed = subscriber.signer.headers(event_id, timestamp, body, by_previous=delivery.other_secret)
+        signer = subscriber.signer  # the grace may have ended with the answer that asked for the other secret
+        by_previous = delivery.other_secret and signer.is_rotating
+        signed = signer.headers(event_id, timestamp, body, by_previous=by_previous)
         request = self._fields % (
             subscriber.head,
             payload.type.encode(),
@@ -468,7 +479,7 @@ class Deliverer:
             delivery.other_secret = True  # a rotation under way: the other secret, at once, not counted
             self._send(delivery)
             return
-        self.in_flight.remove(delivery)
+        del self.in_flight[delivery]
         self.passed_on += 1
         subscriber.answered_at = now
         outcome = RELEASED if type(attempt) is Released else judge(attempt.result, attempt.status)

@@ -37,7 +37,7 @@ from dispatcher.engine.retries import Retries
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
 from dispatcher.model import EndpointStatus
-from dispatcher.store.database import TROUBLE, check_schema, connect, statements
+from dispatcher.store.database import TROUBLE, check_schema, close, connect, raise_if_cancelled, statements
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.outbox import CLOCK_SLACK
 from dispatcher.store.pending import PendingStore
@@ -56,6 +56,7 @@ GRACE_S: Final = 10.0  # behind a straggler's deadline
 GAUGES_S: Final = 1.0
 SWEEP_S: Final = 30.0
 RETENTION_S: Final = 600.0
+CLOSE_S: Final = 5.0
 WORST: Final = 10
 
 log = structlog.get_logger("dispatcher.engine")
@@ -121,7 +122,7 @@ class Engine:
             retries_queued_max=settings.max_queued // RETRIES_SHARE,
             in_flight_max=settings.max_in_flight,
         )
-        self.ledger = Ledger(self.telemetry, loop, buffered_max=BUFFERED_MAX)
+        self.ledger = Ledger(self.telemetry, loop, buffered_max=BUFFERED_MAX, wall=wall)
         self.ledger.disable_after_s = settings.disable_after_s
         self.deliverer = Deliverer(
             lanes=lanes,
@@ -397,8 +398,9 @@ class Engine:
                 try:
                     await Retention(connection, settings.events_kept_s, settings.attempts_kept_s).run()
                 finally:
-                    await connection.close(timeout=5)
+                    await close(connection, CLOSE_S)
             except (DatabaseUnreachable, *TROUBLE) as error:
+                raise_if_cancelled()
                 log.warning("retention.failed", reason=str(error), retry_in_s=RETENTION_S)
             await asyncio.sleep(RETENTION_S)
             settings = self.settings

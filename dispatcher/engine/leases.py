@@ -21,7 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from dispatcher import __version__
-from dispatcher.store.database import connect, statements
+from dispatcher.store.database import close, connect, statements
 from dispatcher.store.shard import ShardStore
 from dispatcher.telemetry import Snapshot, Telemetry
 
@@ -30,6 +30,7 @@ REGISTRY: Final = "dispatcher_registry"
 PENDING: Final = "dispatcher_pending"  # somebody else wrote held rows for a webhook, or began a replay
 TRY_S: Final = (0.5, 1.0)
 HEARTBEAT_S: Final = 1.0
+CLOSE_S: Final = 2.0
 
 
 class Instance:
@@ -109,8 +110,9 @@ class Listener:
         if connection is None:
             return
         try:
-            if leave and not connection.is_closed():
-                await self._instance.leave(connection)
-            await connection.close(timeout=2)
+            async with asyncio.timeout(CLOSE_S):
+                if leave and not connection.is_closed():
+                    await self._instance.leave(connection)
         except Exception:  # noqa: BLE001  whatever state it is in, it ends here
             connection.terminate()
+        await close(connection, CLOSE_S)

@@ -238,6 +238,9 @@ class OutboxReader:
                 subscriber = deliverer.subscriber(endpoint)
             deliverer.offer(Delivery(event, subscriber, opened))
         self._telemetry.read += len(pairs)
+        if self.recovering:  # what is held already may be younger than what is read again
+            for _, endpoint in pairs:
+                deliverer.subscriber(endpoint).await_order()
         opened.left -= 1
         if opened.left == 0:
             self._ledger.touch()

@@ -489,7 +489,7 @@ class Origin:
     def close(self) -> None:
         """The endpoint is gone, or its URL is another: close what is idle now, and what is active when it is done."""
         self.closed = True
-        self.client.origins.discard(self)
+        self.client.origins.pop(self, None)
         for connection in list(self.idle):
             connection.retire()
         for dial in self.dials[len(self.waiting) :]:
@@ -589,8 +589,8 @@ class Transport:
         self.loop = loop or asyncio.get_running_loop()
         self.time = self.loop.time
         self.attempts = 0
-        self.origins: set[Origin] = set()
-        self.connections: set[Connection] = set()
+        self.origins: dict[Origin, None] = {}
+        self.connections: dict[Connection, None] = {}  # in the order they were opened
         self._resolver = resolver or DnsResolver(self.loop)
         self._dialer = Dialer(
             guard=guard,
@@ -616,7 +616,7 @@ class Transport:
         origin = Origin(self, target)
         origin.closed = self._closed
         if not self._closed:
-            self.origins.add(origin)
+            self.origins[origin] = None
         return origin
 
     def use_guard(self, guard: Guard) -> None:
@@ -674,11 +674,11 @@ class Transport:
     def opened(self, connection: Connection) -> None:
         """`connection` is there."""
         if not self._released:  # else its dial was given up at the last moment, and the dialer will close it
-            self.connections.add(connection)
+            self.connections[connection] = None
 
     def lost(self, connection: Connection) -> None:
         """`connection` is gone."""
-        self.connections.discard(connection)
+        self.connections.pop(connection, None)
         self._note_quiet()
 
     # Dials.
@@ -719,9 +719,9 @@ class Transport:
         self.want_dial(origin)
         self._note_quiet()
 
-    def _short_origins(self) -> set[Origin]:
+    def _short_origins(self) -> dict[Origin, None]:
         """The origins that may have requests waiting: such an origin dials or is queued for it."""
-        return {*self._dials.values(), *self._dial_queue}
+        return dict.fromkeys((*self._dials.values(), *self._dial_queue))
 
     # The clock. It runs while there is a connection or a dial, and costs 20 ns a connection and tick.
 

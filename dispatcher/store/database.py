@@ -55,6 +55,13 @@ _SETTINGS: Final = {"jit": "off", "timezone": "UTC", "search_path": "pg_catalog,
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 
 
+def raise_if_cancelled() -> None:
+    """For loops that survive TROUBLE: end if the task was cancelled, and a clean-up's failure took the place of that."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 @functools.cache
 def statements(file: str) -> Mapping[str, str]:
     """The named statements of `sql/<file>.sql`, each under its `-- name: …` header."""
@@ -94,6 +101,18 @@ async def connect(dsn: str, *, name: str, engine: bool = False, settings: Mappin
         )
     except (*TROUBLE, ValueError) as error:
         raise DatabaseUnreachable(f"cannot connect to PostgreSQL at {place(dsn)}: {_explain(error)}") from error
+
+
+async def close(connection: Any, timeout_s: float) -> None:
+    """End a connection: politely if that can be done within `timeout_s`, else at once. Raises nothing of its own.
+
+    asyncpg's own timeout begins only when a cancelled statement has ended, which on a dead network it does not.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await connection.close()
+    except Exception:  # noqa: BLE001  whatever state it is in, it ends here
+        connection.terminate()
 
 
 async def open_pool(dsn: str, *, size: int, name: str = "dispatcher web") -> Any:

@@ -777,7 +777,7 @@ def test_whatever_a_peer_sends_a_request_ends_once_and_memory_is_bounded(
     assert len(attempt.body) <= 4096
     assert (attempt.error is None) == (attempt.result in COMPLETE)
     assert wire.origin.idle == []
-    assert wire.transport.connections == set()
+    assert not wire.transport.connections
 
 
 # Sockets, on both event loops.
@@ -889,7 +889,7 @@ async def sending(**settings: Any) -> AsyncIterator[Transport]:
         yield transport
     finally:
         await transport.close()
-        assert transport.connections == set()
+        assert not transport.connections
         assert transport._dials == {}
         assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
@@ -1099,7 +1099,7 @@ async def test_an_idle_tls_connection_is_closed_after_its_time() -> None:
     async with secured(say_ok, keepalive_s=0.05) as (server, transport):
         await Outcome(transport.origin(server.target("https")))
         await server.until(lambda: server.lost == 1)
-        assert transport.connections == set()
+        assert not transport.connections
 
 
 @on_both_loops
@@ -1176,7 +1176,7 @@ async def test_a_closed_origin_finishes_what_is_active_and_takes_no_more() -> No
         assert (await idle).result is Result.OK
         assert (await active).result is Result.OK
         await server.until(lambda: server.lost == 2)
-        assert transport.connections == set()
+        assert not transport.connections
 
 
 @on_both_loops
@@ -1200,7 +1200,7 @@ async def test_closing_ends_every_request_exactly_once() -> None:
         for outcome in [*active, *connecting, *resolving, late]:
             assert isinstance(await outcome, Released)
         assert transport.attempts == 1
-        assert transport.connections == set()
+        assert not transport.connections
         assert [attempt.sent_at > 0 for attempt in [await outcome for outcome in active]] == [True] * 5
         await server.until(lambda: server.lost == len(server.peers))
 
