@@ -1,0 +1,1 @@
+"""The dashboard: pages for the people behind an account, and for the operator."""
