@@ -36,11 +36,13 @@ from dispatcher.store.database import check_schema, connect, migrate, open_pool,
 from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
+from dispatcher.store.overview import OverviewStore
 from dispatcher.store.replays import ReplayStore
+from dispatcher.store.sessions import SessionStore
 from dispatcher.store.vault import Vault, new_key
 from dispatcher.web.api import build_api_app
 from dispatcher.web.metrics import build_metrics_app
-from dispatcher.web.parts import Log, Send, Trial, Tried, Web
+from dispatcher.web.parts import Log, Send, Stores, Trial, Tried, Web
 from dispatcher.web.server import serve
 
 EMBEDDED_DIRECTORY: Final = "postgres"
@@ -275,6 +277,8 @@ async def run(
             catalogue=catalogue_of(config),
             defaults=_defaults(config),
             snapshot=engine.snapshot,
+            stores=Stores(sessions=SessionStore(pool), overview=OverviewStore(pool)),
+            brand=config.brand.name,
             header_prefix=config.brand.header_prefix,
             user_agent=config.brand.user_agent,
         )

@@ -14,7 +14,9 @@ from dispatcher.store.accounts import AccountStore
 from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
+from dispatcher.store.overview import OverviewStore
 from dispatcher.store.replays import ReplayStore
+from dispatcher.store.sessions import SessionStore
 from dispatcher.telemetry import Snapshot
 from dispatcher.web.auth import RateLimit
 
@@ -54,6 +56,14 @@ class Log:
     send: Send
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stores:
+    """What only the dashboard reads and writes."""
+
+    sessions: SessionStore
+    overview: OverviewStore
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Web:
     """Everything that handlers use. A reload of the configuration replaces guard, catalogue and defaults in place."""
@@ -66,6 +76,8 @@ class Web:
     defaults: EndpointDefaults
     snapshot: Callable[[], Snapshot]
     log: Log | None = None  # None: no call about deliveries is served
+    stores: Stores | None = None  # None: no dashboard is served
+    brand: str = "TrackPost"
     header_prefix: str = "X-Trackpost-"
     user_agent: str = "TrackPost-Webhooks/1.0"
     rate_limit: RateLimit = dataclasses.field(default_factory=RateLimit)
