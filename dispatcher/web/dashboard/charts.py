@@ -70,9 +70,7 @@ def bars(
         for bar in bars
     ]
     drawn = [_stack(number, bar.counts, series, top, HEIGHT) for number, bar in enumerate(bars)]
-    return _figure(
-        title, series, slots, drawn, scale=(f"{top:,.0f}", _half(top)), clock=clock, class_=class_, empty=empty
-    )
+    return _figure(title, series, slots, drawn, scale=(f"{top:,.0f}", _half(top)), class_=class_, empty=empty)
 
 
 def lines(
@@ -100,9 +98,7 @@ def lines(
         for place, one in enumerate(series)
         if (path := _path([values[place] for _, *values in points], top))
     ]
-    return _figure(
-        title, series, slots, drawn, scale=(show(top), show(top / 2)), clock=clock, class_=class_, empty=empty
-    )
+    return _figure(title, series, slots, drawn, scale=(show(top), show(top / 2)), class_=class_, empty=empty)
 
 
 def spark(bars: Sequence[Bar], series: Sequence[Series], *, label: str) -> Markup:
