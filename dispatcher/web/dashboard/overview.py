@@ -15,6 +15,7 @@ from dispatcher.store.overview import Happening, Traffic, WebhookState
 from dispatcher.telemetry import Snapshot
 from dispatcher.web.dashboard import charts
 from dispatcher.web.dashboard.desk import Desk
+from dispatcher.web.dashboard.rendering import duration
 from dispatcher.web.dashboard.visits import session_of, utc_now
 
 WINDOW: Final = timedelta(hours=1)
@@ -95,6 +96,8 @@ class Overview:
             "overview.html",
             figures=figures,
             chart=charts.traffic(figures.traffic),
+            span=_span(figures.traffic),
+            worst_shown=WORST,
             delivery_id=lambda happening: self._desk.log.ids.id_of(*happening.key),
         )
 
@@ -117,8 +120,13 @@ class Overview:
         return Figures(at=now, webhooks=webhooks, traffic=traffic, feed=feed, troubles=troubles)
 
     async def _engine(self) -> tuple[datetime, Snapshot] | None:
-        own = self._desk.web.snapshot()
+        own = self._desk.parts.snapshot()
         return (utc_now(), own) if own.role == "active" else await self._desk.stores.overview.engine()
+
+
+def _span(traffic: Traffic) -> str:
+    """What the figures are about, in words: of a busy log they cover its newest part only."""
+    return f"last {duration(traffic.until - traffic.whole.at)}"
 
 
 def _of_engine(engine: tuple[datetime, Snapshot] | None, now: datetime) -> list[Trouble]:

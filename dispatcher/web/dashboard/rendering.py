@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import jinja2
@@ -36,6 +37,17 @@ HEADERS: Final = {
     "Referrer-Policy": "same-origin",
 }
 
+NOTES: Final = {
+    "paused": "Paused. What comes from now on is held until it is resumed.",
+    "resumed": "Active. What was held is being sent, the oldest first.",
+    "saved": "Saved.",
+    "deleted": "The webhook is deleted, and what waited for it is dropped.",
+    "replaying": "The replay has begun.",
+    "cancelled": "The replay is cancelled. What it had queued is still sent.",
+    "styled": "The body style is changed. Send another test event to see it verified.",
+}
+"""What a page says once after something was done: its address names one of them as `?note=`."""
+
 _STEPS: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -57,6 +69,7 @@ class Templates:
             "milliseconds": milliseconds,
             "duration": duration,
             "pretty": pretty,
+            "host": host,
         }
         self._environment.globals |= {
             "asset": assets.path,
@@ -178,6 +191,11 @@ def milliseconds(value: float | None) -> str:
     if value >= 1000:
         return f"{value / 1000:.2f} s"
     return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
+
+
+def host(url: str) -> str:
+    """Where a URL points, in short."""
+    return urlsplit(url).netloc or url
 
 
 def pretty(document: Any) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.web.dashboard.conftest import Browser, House
+    from tests.web.dashboard.conftest import Browser
 
 
 async def test_a_key_opens(browser: Browser) -> None:
