@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
-from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import jinja2
@@ -69,7 +69,8 @@ class Templates:
             "milliseconds": milliseconds,
             "duration": duration,
             "pretty": pretty,
-            "host": host,
+            "place": place,
+            "breakable": breakable,
         }
         self._environment.globals |= {
             "asset": assets.path,
@@ -190,12 +191,19 @@ def milliseconds(value: float | None) -> str:
         return f"{value / 1000:.1f} s"
     if value >= 1000:
         return f"{value / 1000:.2f} s"
-    return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
+    if value >= 10:
+        return f"{value:.0f} ms"
+    return f"{value:.1f} ms" if value >= 1 else f"{value:.2f} ms"
 
 
-def host(url: str) -> str:
-    """Where a URL points, in short."""
-    return urlsplit(url).netloc or url
+def place(url: str) -> str:
+    """Where a URL points, without what all of them begin with."""
+    return url.partition("://")[2].removesuffix("/") or url
+
+
+def breakable(name: str) -> Markup:
+    """A dotted name that a narrow column may break behind its dots and underscores."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._])(?=.)", name))
 
 
 def pretty(document: Any) -> str:
