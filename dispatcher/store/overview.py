@@ -69,7 +69,7 @@ class Slice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Traffic(msgspec.Struct, frozen=True, kw_only=True):
-    """A window of the log: as a whole, which begins later than asked for when `is_cut`, and by stretches, oldest first."""
+    """A window of the log, as a whole and by stretches, oldest first. `is_cut`: it begins later than was asked for."""
 
     whole: Slice
     until: datetime
@@ -170,9 +170,7 @@ class OverviewStore:
     ) -> dict[str, list[Spark]]:
         """How some webhooks fared in the stretches of time that begin at these moments."""
         ends = [at + length for at in begins]
-        rows = await self._db.fetch(
-            self._sql["sparks"], account_id, list(begins), ends, SPARK_ROWS, list(webhook_ids)
-        )
+        rows = await self._db.fetch(self._sql["sparks"], account_id, list(begins), ends, SPARK_ROWS, list(webhook_ids))
         found: dict[str, list[Spark]] = {}
         for row in rows:
             spark = {name: row[name] for name in Spark.__struct_fields__}

@@ -57,7 +57,7 @@ async def _answer(
 ) -> web.StreamResponse:
     try:
         return await handler(request)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  it is logged, or told
         return problem_of(request, error).response()
 
 

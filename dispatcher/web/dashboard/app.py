@@ -29,7 +29,7 @@ class Dashboard:
     def __init__(self, parts: Web, log: Log, stores: Stores) -> None:
         assets = Assets()
         self._desk = Desk(
-            web=parts, log=log, stores=stores, door=Door(stores.sessions), templates=Templates(assets, parts.brand)
+            parts=parts, log=log, stores=stores, door=Door(stores.sessions), templates=Templates(assets, parts.brand)
         )
         self._assets = assets
         self._live = Live(self._desk)
@@ -64,7 +64,7 @@ class Dashboard:
             await self._desk.door.recognise(request)
         except Exception:  # noqa: BLE001  the database is away: a page that says so needs nobody signed in
             self._desk.door.receive(request)
-        return self._desk.templates.page(
+        page = self._desk.templates.page(
             request,
             "error.html",
             status=problem.status,
@@ -72,6 +72,8 @@ class Dashboard:
             title=HTTPStatus(problem.status).phrase,
             problem=problem,
         )
+        self._desk.door.keep_guest(request, page)
+        return page
 
 
 def _is_for_people(request: web.Request) -> bool:

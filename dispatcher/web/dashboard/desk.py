@@ -19,7 +19,7 @@ WEBHOOK: Final = "/webhooks/{id:[A-Za-z0-9_-]{1,64}}"
 class Desk:
     """The API's parts, and what pages need besides."""
 
-    web: Web
+    parts: Web
     log: Log
     stores: Stores
     door: Door

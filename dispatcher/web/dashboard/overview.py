@@ -5,23 +5,34 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
+from zoneinfo import ZoneInfo
 
 from aiohttp import web
+from markupsafe import Markup
 
 from dispatcher.model import EndpointStatus
 from dispatcher.store.overview import Happening, Traffic, WebhookState
 from dispatcher.telemetry import Snapshot
+from dispatcher.web.dashboard import charts
+from dispatcher.web.dashboard.advice import explained
 from dispatcher.web.dashboard.desk import Desk
-from dispatcher.web.dashboard.visits import session_of, utc_now
+from dispatcher.web.dashboard.rendering import duration
+from dispatcher.web.dashboard.visits import session_of, utc_now, visit_of
 
+OUTCOMES: Final = (
+    charts.Series("Delivered", "delivered"),
+    charts.Series("Retrying", "retrying"),
+    charts.Series("Failed", "failed"),
+)
 WINDOW: Final = timedelta(hours=1)
 FEED: Final = 12
 WORST: Final = 6
 KEPT_S: Final = 1.0  # how long all pages of an account are given the same figures
 ENGINE_AWAY: Final = timedelta(seconds=10)  # without a heartbeat; a take-over takes less than one
 LAG_S: Final = 30.0  # committed this long ago and not read yet: something is wrong
+FAILING: Final = timedelta(seconds=30)  # of nothing but failures: less is a hiccup
 LATE: Final = timedelta(minutes=2)  # waiting this long without any reason on record
 
 
@@ -93,7 +104,9 @@ class Overview:
             request,
             "overview.html",
             figures=figures,
-            chart="",
+            chart=_chart(figures.traffic, visit_of(request).zone),
+            span=_span(figures.traffic),
+            worst_shown=WORST,
             delivery_id=lambda happening: self._desk.log.ids.id_of(*happening.key),
         )
 
@@ -116,8 +129,19 @@ class Overview:
         return Figures(at=now, webhooks=webhooks, traffic=traffic, feed=feed, troubles=troubles)
 
     async def _engine(self) -> tuple[datetime, Snapshot] | None:
-        own = self._desk.web.snapshot()
+        own = self._desk.parts.snapshot()
         return (utc_now(), own) if own.role == "active" else await self._desk.stores.overview.engine()
+
+
+def _chart(traffic: Traffic, zone: ZoneInfo | None) -> Markup:
+    """Deliveries by when they ended, and failed attempts that will be followed by another one."""
+    rows = [charts.Bar(one.at, (one.delivered, one.retrying, one.failed)) for one in traffic.slices]
+    return charts.bars(rows, OUTCOMES, title="Deliveries", length=traffic.length, zone=zone or UTC)
+
+
+def _span(traffic: Traffic) -> str:
+    """What the figures are about, in words: of a busy log they cover its newest part only."""
+    return f"last {duration(traffic.until - traffic.whole.at)}"
 
 
 def _of_engine(engine: tuple[datetime, Snapshot] | None, now: datetime) -> list[Trouble]:
@@ -155,27 +179,28 @@ def _trouble(webhook: WebhookState, now: datetime) -> Trouble | None:
     if webhook.status is EndpointStatus.DISABLED:
         return Trouble(
             level="bad",
-            title="Disabled: receives nothing",
-            reason=webhook.disabled_reason or "",
+            title="Disabled",
+            reason=f"Receives nothing: {webhook.disabled_reason}.",
             since=webhook.updated_at,
             remedy="Mend the endpoint, send a test event, then resume, and replay what it missed.",
             webhook=webhook,
             resumable=True,
         )
-    if webhook.failing_since is not None:
+    if webhook.failing_since is not None and now - webhook.failing_since >= FAILING:
+        reason, remedy = explained(webhook.last_error)
         return Trouble(
             level="bad",
-            title="Failing: every attempt since then",
-            reason=webhook.last_error or "",
+            title="Failing",
+            reason=f"{reason} No attempt has succeeded since.",
             since=webhook.failing_since,
-            remedy="Send a test event to see what it answers.",
+            remedy=remedy,
             webhook=webhook,
         )
     if webhook.status is EndpointStatus.PAUSED:
         return Trouble(
             level="warn",
-            title="Paused: holds its events",
-            reason="Somebody paused it.",
+            title="Paused",
+            reason="Its events are held.",
             since=webhook.updated_at,
             remedy="Resume it, and what is held is sent, the oldest first.",
             webhook=webhook,
@@ -184,8 +209,8 @@ def _trouble(webhook: WebhookState, now: datetime) -> Trouble | None:
     if webhook.oldest_at is not None and now - webhook.oldest_at > LATE:
         return Trouble(
             level="warn",
-            title="Behind: events wait",
-            reason=webhook.last_error or "It takes requests more slowly than events arrive, or some are being retried.",
+            title="Behind",
+            reason="It takes requests more slowly than events arrive, or some of them are being retried.",
             since=webhook.oldest_at,
             remedy="Look at what is being retried, or allow it more requests at a time.",
             webhook=webhook,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -36,6 +37,17 @@ HEADERS: Final = {
     "Referrer-Policy": "same-origin",
 }
 
+NOTES: Final = {
+    "paused": "Paused. What comes from now on is held until it is resumed.",
+    "resumed": "Active. What was held is being sent, the oldest first.",
+    "saved": "Saved.",
+    "deleted": "The webhook is deleted, and what waited for it is dropped.",
+    "replaying": "The replay has begun.",
+    "cancelled": "The replay is cancelled. What it had queued is still sent.",
+    "styled": "The body style is changed. Send another test event to see it verified.",
+}
+"""What a page says once after something was done: its address names one of them as `?note=`."""
+
 _STEPS: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -57,6 +69,8 @@ class Templates:
             "milliseconds": milliseconds,
             "duration": duration,
             "pretty": pretty,
+            "place": place,
+            "breakable": breakable,
         }
         self._environment.globals |= {
             "asset": assets.path,
@@ -177,7 +191,19 @@ def milliseconds(value: float | None) -> str:
         return f"{value / 1000:.1f} s"
     if value >= 1000:
         return f"{value / 1000:.2f} s"
-    return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
+    if value >= 10:
+        return f"{value:.0f} ms"
+    return f"{value:.1f} ms" if value >= 1 else f"{value:.2f} ms"
+
+
+def place(url: str) -> str:
+    """Where a URL points, without what all of them begin with."""
+    return url.partition("://")[2].removesuffix("/") or url
+
+
+def breakable(name: str) -> Markup:
+    """A dotted name that a narrow column may break behind its dots and underscores."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._])(?=.)", name))
 
 
 def pretty(document: Any) -> str:

@@ -13,7 +13,6 @@ from dispatcher.web.dashboard.rendering import duration
 from dispatcher.web.dashboard.visits import THEME_COOKIE, THEMES, local_path, read_form, set_preference, visit_of
 
 
-
 class SignIn:
     """The pages."""
 
@@ -48,7 +47,7 @@ class SignIn:
         if not key:
             return self._page(request, back, 422, "Enter an API key.")
         async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
-            owner = await self._desk.web.accounts.find_key(key)
+            owner = await self._desk.parts.accounts.find_key(key)
         if owner is None:
             return self._page(request, back, 422, "This API key is unknown or revoked.")
         response = web.Response(status=303, headers={"Location": back})

@@ -26,7 +26,7 @@ from dispatcher.web.problems import Problem
 
 FORM_BYTES_MAX: Final = 1 << 20
 FORM_TIMEOUT_S: Final = 30.0
-TOKEN_FIELD: Final = "csrf"
+TOKEN_FIELD: Final = "csrf"  # noqa: S105  a name, not a secret
 SESSION_COOKIE: Final = "dispatcher_session"
 GUEST_COOKIE: Final = "dispatcher_guest"  # before signing in
 ZONE_COOKIE: Final = "dispatcher_zone"  # the reader's time zone, as the browser knows it
@@ -79,7 +79,7 @@ class Door:
             if request.method == "POST":
                 await _check_form(request)
             response = await handler(request)
-            _keep_guest(request, response)
+            self.keep_guest(request, response)
             return response
 
         return serve
@@ -114,6 +114,11 @@ class Door:
         """Take the request as one of nobody who is known."""
         request[_GUEST] = request.cookies.get(_name(request, GUEST_COOKIE), "") or secrets.token_urlsafe(ID_BYTES)
         request[_VISIT] = _visit(request, request[_GUEST], None)
+
+    def keep_guest(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Let the forms of a page work for somebody who is not signed in."""
+        if request.get(_GUEST) and not response.prepared and _name(request, GUEST_COOKIE) not in request.cookies:
+            _set_cookie(request, response, GUEST_COOKIE, request[_GUEST], None)
 
     def count_attempt(self, request: web.Request) -> float:
         """Count an attempt to sign in from this address: 0.0 if it may go on, else the seconds until it may."""
@@ -244,11 +249,6 @@ def _set_cookie(request: web.Request, response: web.StreamResponse, name: str, v
         samesite="Strict",
         secure=is_secure(request),
     )
-
-
-def _keep_guest(request: web.Request, response: web.StreamResponse) -> None:
-    if request.get(_GUEST) and not response.prepared and _name(request, GUEST_COOKIE) not in request.cookies:
-        _set_cookie(request, response, GUEST_COOKIE, request[_GUEST], None)
 
 
 def _network(address: str) -> str:
