@@ -40,7 +40,7 @@ def snippets(kind: EventType, style: BodyStyle, header_prefix: str) -> list[Snip
 def _snippets(kind: EventType, style: BodyStyle, header: str) -> Iterator[Snippet]:
     is_compact = style is BodyStyle.COMPACT
     values = {"HEADER": header, "HEADER_LOWER": header.lower(), "TYPE": kind.name, "FIELDS": _fields(kind)}
-    values |= {"JS": _logged(kind, "event.data.{}"), "PY": _logged(kind, 'event["data"]["{}"]')}
+    values |= {"JS": _logged(kind, "event.data.{}"), "PY": _logged(kind, 'event["data"].get("{}")')}
     printed = 'Hashes the parsed body as the language prints it, which body style "{}" is made for.'
     raw = "Hashes the raw bytes, which is right in every body style."
     yield Snippet(
