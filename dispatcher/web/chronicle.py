@@ -186,7 +186,7 @@ class Chronicle:
             url=webhook.url,
             attempts=[
                 self._attempt(
-                    row, self.request_fields(row, detail, webhook, body), webhook, shown.next_attempt_at, made[-1]
+                    row, detail, webhook, body, next_attempt_at=shown.next_attempt_at if row is made[-1] else None
                 )
                 for row in made
             ],
@@ -196,12 +196,16 @@ class Chronicle:
     def _attempt(
         self,
         row: AttemptRecord,
-        fields: list[tuple[str, str]] | None,
+        detail: DeliveryDetail,
         webhook: EndpointRecord,
+        body: bytes | None,
+        *,
         next_attempt_at: str | None,
-        last: AttemptRecord,
     ) -> AttemptAnswer:
         text, encoding = readable(row.response_body or b"")
+        fields = None  # of what was not sent, or of which we cannot say what it was
+        if body is not None and row.result != Result.BLOCKED:
+            fields = self.request_fields(row.attempt, detail, webhook, body)
         return AttemptAnswer(
             number=row.attempt,
             at=to_the_millisecond(row.at),
@@ -215,16 +219,14 @@ class Chronicle:
             response_headers=headers_of(row.response_head or b""),
             response_body=text,
             body_encoding=encoding,
-            next_attempt_at=next_attempt_at if row is last else None,
+            next_attempt_at=next_attempt_at,
         )
 
     def request_fields(
-        self, row: AttemptRecord, detail: DeliveryDetail, webhook: EndpointRecord, body: bytes | None
-    ) -> list[tuple[str, str]] | None:
-        """The header fields that an attempt sent with this body; None if nothing was, or we cannot say what."""
+        self, attempt: int, detail: DeliveryDetail, webhook: EndpointRecord, body: bytes
+    ) -> list[tuple[str, str]]:
+        """The header fields that an attempt is made with, the signatures withheld."""
         record = detail.record
-        if body is None or row.result == Result.BLOCKED:
-            return None
         try:
             host = self._web.guard.check_url(webhook.url).host_header
         except AddressRefused:  # by a guard that has become stricter since
@@ -238,7 +240,7 @@ class Chronicle:
             type=record.event_type or "",
             event_id=record.event_id or "",
             delivery_id=self._log.ids.id_of(*record.key),
-            attempt=row.attempt,
+            attempt=attempt,
             timestamp=WITHHELD,
             signatures=withheld(prefix, signed=webhook.signed),
             body_bytes=len(body),
