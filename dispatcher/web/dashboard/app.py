@@ -18,6 +18,7 @@ from dispatcher.web.dashboard.live import Live
 from dispatcher.web.dashboard.overview import Overview
 from dispatcher.web.dashboard.rendering import Templates
 from dispatcher.web.dashboard.signin import SignIn
+from dispatcher.web.dashboard.types import TypePages
 from dispatcher.web.dashboard.visits import Door
 from dispatcher.web.parts import Log, Stores, Web
 from dispatcher.web.problems import Problem
@@ -40,6 +41,7 @@ class Dashboard:
             Overview(self._desk),
             DeliveryPages(self._desk),
             EventPages(self._desk),
+            TypePages(self._desk),
             self._live,
         )
 
