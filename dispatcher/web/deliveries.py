@@ -30,6 +30,7 @@ from dispatcher.core.ids import DELIVERY_PREFIX
 from dispatcher.core.rendering import Payload, is_type
 from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointStatus, Result
+from dispatcher.store.accounts import KeyOwner
 from dispatcher.store.deliveries import AttemptRecord, DeliveryDetail, DeliveryFilter, DeliveryRecord, Place
 from dispatcher.store.endpoints import EndpointRecord
 from dispatcher.web.answers import Wanted, answer, moment, no_query, page, wanted
@@ -39,6 +40,7 @@ from dispatcher.web.openapi import PAGE, Answer, PageOf, Parameter, operation
 from dispatcher.web.parts import Log, Web
 from dispatcher.web.problems import FieldError, Problem, invalid, not_found
 
+FILTERS: Final = ("status", "type", "since", "until", "status_class", "event_id")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _WAITING: Final = "w"  # in a cursor, in the place of the time of the last change
@@ -133,10 +135,12 @@ class Deliveries:
     @operation("Deliveries", parameters=[*PAGE, *_FILTERS], answers={200: PageOf(DeliveryAnswer)})
     async def browse(self, request: web.Request) -> web.Response:
         """A webhook's deliveries; filters by status, type, since, until, status_class and event_id."""
-        part = wanted(request, "status", "type", "since", "until", "status_class", "event_id")
+        part = wanted(request, *FILTERS)
+        return page(*await self.listed(caller(request), request.match_info["id"], part))
+
+    async def listed(self, owner: KeyOwner, webhook_id: str, part: Wanted) -> tuple[list[DeliveryAnswer], str | None]:
+        """A part of a webhook's list, and the cursor to go on from. Raises Problem."""
         chosen = _filter(part)
-        owner = caller(request)
-        webhook_id = request.match_info["id"]
         endpoint_id = await self._log.deliveries.endpoint(owner.account_id, webhook_id)
         if endpoint_id is None:
             raise not_found("webhook")
@@ -145,7 +149,7 @@ class Deliveries:
             endpoint_id, owner.account, chosen, limit=part.limit, after=after, before=before
         )
         cursor = None if found.reached is None else self._cursor(endpoint_id, found.reached)
-        return page([self._shown(record, webhook_id) for record in found.deliveries], cursor)
+        return [self._shown(record, webhook_id) for record in found.deliveries], cursor
 
     @operation("Deliveries", answers={200: DeliveryDetailAnswer})
     async def get(self, request: web.Request) -> web.Response:
