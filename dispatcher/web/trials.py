@@ -30,7 +30,7 @@ from dispatcher.web.answers import answer, no_query
 from dispatcher.web.asked import read_optional_body
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting
-from dispatcher.web.deliveries import as_object, headers_of, readable
+from dispatcher.web.chronicle import as_object, headers_of, readable
 from dispatcher.web.openapi import operation
 from dispatcher.web.parts import Log, Trial, Tried, Web
 from dispatcher.web.problems import FieldError, Problem, invalid, not_found

@@ -11,7 +11,9 @@ from aiohttp.typedefs import Middleware
 
 from dispatcher.web.boundary import problem_of
 from dispatcher.web.dashboard.assets import Assets
+from dispatcher.web.dashboard.deliveries import DeliveryPages
 from dispatcher.web.dashboard.desk import Desk
+from dispatcher.web.dashboard.events import EventPages
 from dispatcher.web.dashboard.live import Live
 from dispatcher.web.dashboard.overview import Overview
 from dispatcher.web.dashboard.rendering import Templates
@@ -33,7 +35,13 @@ class Dashboard:
         )
         self._assets = assets
         self._live = Live(self._desk)
-        self._pages = (SignIn(self._desk), Overview(self._desk), self._live)
+        self._pages = (
+            SignIn(self._desk),
+            Overview(self._desk),
+            DeliveryPages(self._desk),
+            EventPages(self._desk),
+            self._live,
+        )
 
     def routes(self) -> list[web.RouteDef]:
         """Paths of the whole listener."""

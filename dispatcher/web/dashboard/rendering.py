@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from dispatcher.model import DeliveryState, EndpointStatus
 from dispatcher.web.dashboard.assets import Assets
+from dispatcher.web.dashboard.payloads import visible
 from dispatcher.web.dashboard.visits import TOKEN_FIELD, Visit, utc_now, visit_of
 
 POLICY: Final = (
@@ -44,6 +45,7 @@ NOTES: Final = {
     "deleted": "The webhook is deleted, and what waited for it is dropped.",
     "replaying": "The replay has begun.",
     "cancelled": "The replay is cancelled. What it had queued is still sent.",
+    "redelivered": "Queued as a new delivery, which is this one.",
     "styled": "The body style is changed. Send another test event to see it verified.",
 }
 """What a page says once after something was done: its address names one of them as `?note=`."""
@@ -71,6 +73,7 @@ class Templates:
             "pretty": pretty,
             "place": place,
             "breakable": breakable,
+            "visible": visible,
         }
         self._environment.globals |= {
             "asset": assets.path,
