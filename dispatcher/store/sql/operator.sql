@@ -28,8 +28,8 @@ ORDER BY a.name;
 
 -- name: webhooks
 -- The webhooks that the daemons call the worst.
-SELECT e.public_id AS id, e.url, e.status, a.name AS account
-FROM dispatcher.endpoint e JOIN dispatcher.account a ON a.id = e.account_id WHERE e.public_id = ANY ($1::text[]);
+SELECT e.public_id AS id, e.url, e.status, (SELECT name FROM dispatcher.account WHERE id = e.account_id) AS account
+FROM dispatcher.endpoint e WHERE e.public_id = ANY ($1::text[]);
 
 -- name: server
 SELECT current_setting('server_version') AS version, current_database() AS name, pg_database_size(current_database()) AS bytes,

@@ -182,7 +182,7 @@ class OperatorPages:
             "operator.html",
             found=found,
             trouble=trouble,
-            own=self._desk.parts.snapshot(),
+            shown=_active(found) or self._desk.parts.snapshot(),
             warnings=warnings(found, utc_now()) if found else [],
             rates=self._rates(found.instances) if found else {},
             settings=_spelt(self._operator.settings),
@@ -248,6 +248,12 @@ def warnings(found: Installation, now: datetime) -> list[tuple[str, str]]:
                 (f"Rows of {days.table} lie in its DEFAULT partition.", "They are kept, but dropped more slowly.")
             )
     return told
+
+
+def _active(found: Installation | None) -> Snapshot | None:
+    """What the daemon that delivers says of itself."""
+    active = [one for one in found.instances if one.role == "active"] if found else []
+    return active[0].snapshot if active else None
 
 
 def _rate(before: Snapshot, after: Snapshot) -> Rates:
