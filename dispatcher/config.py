@@ -148,6 +148,12 @@ _DSN: Final = Key('a URL like "postgresql://user@host/database"', _or_empty(_hol
 _FILE: Final = Key(
     "a file that exists and can be read", _or_empty(_holds(lambda text: Path(text).open("rb").close())), path=True
 )
+# No colon: what looks like a URL or a reference would be shown in part where secrets are masked.
+_OPERATOR_KEY: Final = Key(
+    '24 to 256 letters, digits or any of _.~+/=-, or "" for no operator\'s page',
+    _or_empty(lambda text: re.fullmatch(r"[A-Za-z0-9_.~+/=-]{24,256}", text) is not None),
+    secret=True,
+)
 _ADDRESS: Final = 'host:port, like "127.0.0.1:8480" or "[::1]:8480"'
 
 
@@ -181,6 +187,7 @@ class Server(Section, frozen=True):
     """API and dashboard."""
 
     listen: Annotated[str, Key(_ADDRESS, _holds(host_and_port))] = "127.0.0.1:8480"
+    operator_key: Annotated[str, _OPERATOR_KEY] = ""
 
     @property
     def address(self) -> tuple[str, int]:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import json
 import os
 import random
-import shutil
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from javascript import express, node
 
 from dispatcher.core.addresses import Guard
 from dispatcher.core.backoff import PRESETS
@@ -34,9 +32,7 @@ from dispatcher.store.vault import Vault
 
 GUIDE = Path(__file__).parent / "guide"
 PATIENCE_S = 60.0
-NPM_S = 60.0
 SECRET = "your_webhook_secret"
-EXPRESS = "express@^5"
 
 # As an application may write them, to the byte: what a serialiser would do to them is the question.
 WRITTEN = [
@@ -88,32 +84,6 @@ def made_up_text(dice: random.Random) -> str:
 
 def made_up_key(dice: random.Random) -> str:
     return dice.choice([str(dice.randrange(200)), str(dice.randrange(2**33)), made_up_text(dice)])
-
-
-@functools.cache
-def node() -> str:
-    found = shutil.which("node")
-    if found is None:
-        pytest.skip("there is no node on this machine")
-    return found
-
-
-@functools.cache
-def express() -> Path:
-    """The directory with Express in it, installed there the first time."""
-    node()
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("there is no npm on this machine to install Express with")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trackpost-dispatcher-tests"
-    if not (cache / "node_modules" / "express" / "package.json").exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            command = [npm, "install", "--prefix", str(cache), "--no-audit", "--no-fund", EXPRESS]
-            subprocess.run(command, check=True, capture_output=True, timeout=NPM_S, cwd=cache)
-        except (OSError, subprocess.SubprocessError) as error:
-            pytest.skip(f"npm cannot install {EXPRESS} into {cache}: {error}")
-    return cache / "node_modules"
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""The REST API as an application: `/v1` behind authentication, inside the boundary."""
+"""API and dashboard as one application: `/v1` behind authentication, pages behind sessions, all inside the boundary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from aiohttp import web
 from dispatcher.web.auth import authentication
 from dispatcher.web.bodies import BODY_BYTES_MAX
 from dispatcher.web.boundary import boundary, finish_head
+from dispatcher.web.dashboard.app import Dashboard
 from dispatcher.web.deliveries import Deliveries
 from dispatcher.web.docs import Docs
 from dispatcher.web.events import Events
@@ -19,7 +20,7 @@ from dispatcher.web.webhooks import Webhooks
 
 
 def build_api_app(parts: Web) -> web.Application:
-    """Everything of the API's listener."""
+    """Everything of the listener."""
     listen = Listen(parts, parts.events.tail())
     v1 = web.Application(middlewares=[authentication(parts.accounts, parts.rate_limit)])
     v1.add_routes([*Webhooks(parts).routes(), *Events(parts).routes(), *listen.routes()])
@@ -30,6 +31,11 @@ def build_api_app(parts: Web) -> web.Application:
     app.add_routes(docs.routes())  # before /v1, which would ask for a key
     app.add_subapp("/v1", v1)
     docs.app = app
+    if parts.log is not None and parts.stores is not None:
+        dashboard = Dashboard(parts, parts.log, parts.stores)
+        app.middlewares.append(dashboard.middleware())
+        app.add_routes(dashboard.routes())
+        app.on_shutdown.append(dashboard.close)
     app.on_response_prepare.append(finish_head)
     app.on_shutdown.append(listen.close)
     return app

@@ -57,18 +57,23 @@ async def _answer(
 ) -> web.StreamResponse:
     try:
         return await handler(request)
-    except Problem as problem:
-        return problem.response()
-    except web.HTTPException as error:
+    except Exception as error:  # noqa: BLE001  it is logged, or told
+        return problem_of(request, error).response()
+
+
+def problem_of(request: web.Request, error: Exception) -> Problem:
+    """What to tell of an exception, which is logged if it is a fault of ours. Raises it if it is no error at all."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, web.HTTPException):
         if error.status < 400:
-            raise
-        return of_http(error).response()
-    except Exception as error:
-        if isinstance(error, TROUBLE) and _is_away(error):
-            log.warning("request.unavailable", id=request[_ID], error=str(error) or type(error).__name__)
-            return unavailable(RETRY_AFTER_S).response()
-        log.exception("request.failed", id=request[_ID], method=request.method, path=request.path)
-        return Problem(500, "internal_error", f"This is our fault. It was logged under {request[_ID]}.").response()
+            raise error
+        return of_http(error)
+    if isinstance(error, TROUBLE) and _is_away(error):
+        log.warning("request.unavailable", id=request[_ID], error=str(error) or type(error).__name__)
+        return unavailable(RETRY_AFTER_S)
+    log.error("request.failed", id=request[_ID], method=request.method, path=request.path, exc_info=error)
+    return Problem(500, "internal_error", f"This is our fault. It was logged under {request[_ID]}.")
 
 
 def _is_away(error: BaseException) -> bool:
@@ -83,6 +88,6 @@ async def finish_head(request: web.Request, response: web.StreamResponse) -> Non
     headers = response.headers
     headers["X-Request-Id"] = request.get(_ID, "")
     headers["X-Content-Type-Options"] = "nosniff"
-    headers["Referrer-Policy"] = "no-referrer"
+    headers.setdefault("Referrer-Policy", "no-referrer")
     headers.setdefault("Cache-Control", "no-store")
     headers.popall("Server", None)

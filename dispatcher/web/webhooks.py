@@ -4,9 +4,7 @@ In an answer every setting has the value in effect: where the owner set none, th
 `rate_limit` can then be null, and means no limit. `retry` is the list of delays, unless it is a preset whose name says
 as much.
 
-Changes are decided on a version, which is also the ETag, and written only if the webhook still has it. With If-Match
-that is the caller's to know (412); without, a change that came in between is read and the decision made again, so
-nobody overwrites what they have not seen.
+The version of a webhook is its ETag; If-Match makes a change depend on it (412). See `changes.py`.
 """
 
 # No `from __future__ import annotations` here: the fields' annotations are objects that bodies.py works with.
@@ -32,6 +30,7 @@ from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
 from dispatcher.web.asked import read_optional_body
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting, read_body
+from dispatcher.web.changes import Changes, Expect
 from dispatcher.web.openapi import IF_MATCH, PAGE, Answer, PageOf, operation
 from dispatcher.web.parts import Web
 from dispatcher.web.problems import FieldError, Problem, not_found
@@ -43,7 +42,6 @@ SECRET_MAX: Final = 256
 SECRET_RANDOM_BYTES: Final = 32
 GRACE_S: Final = 86400.0  # the customary overlap of two secrets
 GRACE_MAX_S: Final = 30 * 86400
-CHANGE_TRIES: Final = 3  # a version is lost only to somebody who won it
 
 DEFAULT: Final = "default"  # the configured schedule, by name
 NEW: Final = EndpointChange(
@@ -168,6 +166,7 @@ class Webhooks:
 
     def __init__(self, parts: Web) -> None:
         self._web = parts
+        self._changes = Changes(parts.endpoints)
 
     def routes(self) -> list[web.RouteDef]:
         """Paths below /v1."""
@@ -192,11 +191,8 @@ class Webhooks:
     async def create(self, request: web.Request) -> web.Response:
         """Register a webhook: 201 with the secret, made here unless one was given."""
         no_query(request)
-        body = await read_body(request, NewWebhook, self._checks())
-        secret = body.secret
-        if isinstance(secret, UnsetType):
-            secret = new_secret(secrets.token_bytes(SECRET_RANDOM_BYTES))
-        record = await self._web.endpoints.create(caller(request).account_id, merged(NEW, body), secret)
+        body = await read_body(request, NewWebhook, checks(self._web))
+        record, secret = await register(self._web, caller(request).account_id, body)
         return self._answer(record, 201, {"Location": f"/v1/webhooks/{record.id}"}, secret)
 
     @operation("Webhooks", parameters=PAGE, answers={200: PageOf(WebhookAnswer)})
@@ -218,64 +214,37 @@ class Webhooks:
     async def get(self, request: web.Request) -> web.Response:
         """One webhook, with its version as ETag."""
         no_query(request)
-        return self._answer(await self._current(request))
+        return self._answer(await self._changes.current(*_named(request)))
 
     @operation("Webhooks", body=WebhookPatch, parameters=[IF_MATCH], answers={200: _CHANGED}, problems=_CHANGE)
     async def update(self, request: web.Request) -> web.Response:
         """Change some settings."""
         no_query(request)
-        patch = await read_body(request, WebhookPatch, self._checks())
-        for _ in range(CHANGE_TRIES):
-            current = await self._current(request)
-            change = merged(settings(current), patch)
-            if change == settings(current) and patch.secret is UNSET:
-                return self._answer(current)
-            record = await self._web.endpoints.update(
-                caller(request).account_id, current.id, change, secret=patch.secret, version=current.version
-            )
-            if record is not None:
-                return self._answer(record)
-        raise _contended()
+        patch = await read_body(request, WebhookPatch, checks(self._web))
+        account_id, webhook_id, expect = _named(request)
+        record = await self._changes.update(
+            account_id, webhook_id, lambda old: merged(old, patch), patch.secret, expect
+        )
+        return self._answer(record)
 
     @operation("Webhooks", parameters=[IF_MATCH], answers={204: None}, problems=_CHANGE)
     async def delete(self, request: web.Request) -> web.Response:
         """Remove a webhook and what waits for it: 204."""
         no_query(request)
-        for _ in range(CHANGE_TRIES):
-            current = await self._current(request)
-            if await self._web.endpoints.delete(caller(request).account_id, current.id, version=current.version):
-                return web.Response(status=204)
-        raise _contended()
+        await self._changes.delete(*_named(request))
+        return web.Response(status=204)
 
     @operation("Webhooks", parameters=[IF_MATCH], answers={200: _CHANGED}, problems=[*_CHANGE, "webhook_disabled"])
     async def pause(self, request: web.Request) -> web.Response:
         """Stop new attempts and hold what comes. Pausing twice is no mistake; pausing what is disabled is."""
         no_query(request)
-        for _ in range(CHANGE_TRIES):
-            current = await self._current(request)
-            if current.status is EndpointStatus.DISABLED:
-                raise Problem(409, "webhook_disabled", "A disabled webhook receives nothing: resume it first.")
-            if current.status is EndpointStatus.PAUSED:
-                return self._answer(current)
-            account_id = caller(request).account_id
-            record = await self._web.endpoints.pause(account_id, current.id, version=current.version)
-            if record is not None:
-                return self._answer(record)
-        raise _contended()
+        return self._answer(await self._changes.pause(*_named(request)))
 
     @operation("Webhooks", parameters=[IF_MATCH], answers={200: _CHANGED}, problems=_CHANGE)
     async def resume(self, request: web.Request) -> web.Response:
         """Send again, what was held first; re-activates a disabled webhook too."""
         no_query(request)
-        for _ in range(CHANGE_TRIES):
-            current = await self._current(request)
-            if current.status is EndpointStatus.ACTIVE:
-                return self._answer(current)
-            account_id = caller(request).account_id
-            record = await self._web.endpoints.resume(account_id, current.id, version=current.version)
-            if record is not None:
-                return self._answer(record)
-        raise _contended()
+        return self._answer(await self._changes.resume(*_named(request)))
 
     @operation("Webhooks", answers={200: SecretAnswer})
     async def secret(self, request: web.Request) -> web.Response:
@@ -298,29 +267,11 @@ class Webhooks:
         """Replace the secret; the old one signs on for a day, or for `grace_s`. The answer carries the new one."""
         no_query(request)
         body = await read_optional_body(request, Rotation, {"secret": _check_secret})
-        secret = body.secret
-        if isinstance(secret, UnsetType):
-            secret = new_secret(secrets.token_bytes(SECRET_RANDOM_BYTES))
+        secret = given_or_new(body.secret)
+        account_id, webhook_id, expect = _named(request)
         grace = timedelta(seconds=body.grace_s)
-        for _ in range(CHANGE_TRIES):
-            current = await self._current(request)
-            account_id = caller(request).account_id
-            record = await self._web.endpoints.rotate(account_id, current.id, secret, grace, version=current.version)
-            if record is not None:
-                return self._answer(record, secret=secret)
-        raise _contended()
-
-    async def _current(self, request: web.Request) -> EndpointRecord:
-        """The webhook of the path, if it is the caller's (else 404) and what If-Match names (else 412)."""
-        record = await self._web.endpoints.get(caller(request).account_id, request.match_info["id"])
-        if record is None:
-            raise not_found("webhook")
-        tags = request.if_match
-        matches = {"*", str(record.version)}
-        if tags is not None and not any(tag.value in matches and not tag.is_weak for tag in tags):
-            detail = "The webhook has changed since: read it again."
-            raise Problem(412, "precondition_failed", detail, headers={"ETag": _etag(record)})
-        return record
+        record = await self._changes.rotate(account_id, webhook_id, secret, grace, expect)
+        return self._answer(record, secret=secret)
 
     def _answer(
         self,
@@ -332,38 +283,68 @@ class Webhooks:
         document = shown(record, self._web.defaults, secret)
         return answer(document, status, {"ETag": _etag(record), **(headers or {})})
 
-    def _checks(self) -> dict[str, Check]:
-        return {
-            "url": self._check_url,
-            "events": self._check_events,
-            "secret": _check_secret,
-            "description": _check_description,
-            "headers": self._check_headers,
-            "retry": _check_retry,
-            "max_concurrency": self._check_max_concurrency,
-        }
 
-    def _check_url(self, url: str) -> Iterator[FieldError]:
-        try:
-            self._web.guard.check_url(url)
-        except AddressRefused as refused:
-            yield FieldError("url", str(refused))
+def _named(request: web.Request) -> tuple[int, str, Expect]:
+    """The webhook of the path: the caller's account, its id, and the version that If-Match names (else 412)."""
+    tags = request.if_match
 
-    def _check_events(self, events: list[str]) -> Iterator[FieldError]:
-        found = ((place, self._web.catalogue.check_filter(text)) for place, text in enumerate(events))
-        wrong = (FieldError(f"events[{place}]", message) for place, message in found if message is not None)
-        return islice(wrong, WRONG_EVENTS_MAX)
+    def expect(record: EndpointRecord) -> None:
+        matches = {"*", str(record.version)}
+        if tags is not None and not any(tag.value in matches and not tag.is_weak for tag in tags):
+            detail = "The webhook has changed since: read it again."
+            raise Problem(412, "precondition_failed", detail, headers={"ETag": _etag(record)})
 
-    def _check_headers(self, headers: dict[str, str]) -> Iterator[FieldError]:
-        try:
-            check_headers(headers, self._web.header_prefix)
-        except HeadersRefused as refused:
-            yield from (FieldError(field, message) for field, message in refused.problems)
+    return caller(request).account_id, request.match_info["id"], expect
 
-    def _check_max_concurrency(self, most: int) -> Iterator[FieldError]:
-        ceiling = self._web.defaults.max_concurrency
-        if most > ceiling:
-            yield FieldError("max_concurrency", f"expected a whole number from 1 to {ceiling}")
+
+async def register(parts: Web, account_id: int, body: NewWebhook) -> tuple[EndpointRecord, str | None]:
+    """Make a webhook of a body that was checked; with its secret, which is None if it is unsigned."""
+    secret = None if body.secret is None else given_or_new(body.secret)
+    return await parts.endpoints.create(account_id, merged(NEW, body), secret), secret
+
+
+def given_or_new(secret: str | UnsetType) -> str:
+    """The secret that was given, or one made here."""
+    return new_secret(secrets.token_bytes(SECRET_RANDOM_BYTES)) if isinstance(secret, UnsetType) else secret
+
+
+def checks(parts: Web) -> dict[str, Check]:
+    """What is wrong with settings beyond their types."""
+    return {
+        "url": lambda url: _check_url(parts, url),
+        "events": lambda events: _check_events(parts, events),
+        "secret": _check_secret,
+        "description": _check_description,
+        "headers": lambda headers: _check_headers(parts, headers),
+        "retry": _check_retry,
+        "max_concurrency": lambda most: _check_max_concurrency(parts, most),
+    }
+
+
+def _check_url(parts: Web, url: str) -> Iterator[FieldError]:
+    try:
+        parts.guard.check_url(url)
+    except AddressRefused as refused:
+        yield FieldError("url", str(refused))
+
+
+def _check_events(parts: Web, events: list[str]) -> Iterator[FieldError]:
+    found = ((place, parts.catalogue.check_filter(text)) for place, text in enumerate(events))
+    wrong = (FieldError(f"events[{place}]", message) for place, message in found if message is not None)
+    return islice(wrong, WRONG_EVENTS_MAX)
+
+
+def _check_headers(parts: Web, headers: dict[str, str]) -> Iterator[FieldError]:
+    try:
+        check_headers(headers, parts.header_prefix)
+    except HeadersRefused as refused:
+        yield from (FieldError(field, message) for field, message in refused.problems)
+
+
+def _check_max_concurrency(parts: Web, most: int) -> Iterator[FieldError]:
+    ceiling = parts.defaults.max_concurrency
+    if most > ceiling:
+        yield FieldError("max_concurrency", f"expected a whole number from 1 to {ceiling}")
 
 
 def merged(old: EndpointChange, said: NewWebhook | WebhookPatch) -> EndpointChange:
@@ -380,11 +361,6 @@ def merged(old: EndpointChange, said: NewWebhook | WebhookPatch) -> EndpointChan
     if "retry" in change:
         change["retry"] = _stored_retry(change["retry"])
     return msgspec.structs.replace(old, **change)
-
-
-def settings(record: EndpointRecord) -> EndpointChange:
-    """A webhook's settings alone."""
-    return EndpointChange(**{name: getattr(record, name) for name in EndpointChange.__struct_fields__})
 
 
 def shown(record: EndpointRecord, defaults: EndpointDefaults, secret: str | UnsetType | None = UNSET) -> WebhookAnswer:
@@ -453,7 +429,3 @@ def _wrong_delays(delays: list[str | float]) -> Iterator[FieldError]:
 
 def _etag(record: EndpointRecord) -> str:
     return f'"{record.version}"'
-
-
-def _contended() -> Problem:
-    return Problem(409, "conflict", "The webhook is being changed by others at this moment. Try again.")

@@ -12,7 +12,7 @@ from counter import Desk, open_desk
 from house import until
 
 from dispatcher.core.head import WITHHELD
-from dispatcher.web.deliveries import as_object, headers_of, readable
+from dispatcher.web.chronicle import as_object, headers_of, readable
 
 if TYPE_CHECKING:
     from tests.web.conftest import Api

@@ -1,0 +1,100 @@
+"""The dashboard put together: its pages as routes of the listener, and errors as pages."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Final, Protocol
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from dispatcher.web.boundary import problem_of
+from dispatcher.web.dashboard.assets import Assets
+from dispatcher.web.dashboard.deliveries import DeliveryPages
+from dispatcher.web.dashboard.desk import Desk
+from dispatcher.web.dashboard.events import EventPages
+from dispatcher.web.dashboard.live import Live
+from dispatcher.web.dashboard.operator import OperatorPages
+from dispatcher.web.dashboard.overview import Overview
+from dispatcher.web.dashboard.rendering import Templates
+from dispatcher.web.dashboard.signin import SignIn
+from dispatcher.web.dashboard.types import TypePages
+from dispatcher.web.dashboard.visits import Door
+from dispatcher.web.parts import Log, Stores, Web
+from dispatcher.web.problems import Problem
+
+PROGRAMS: Final = ("/v1", "/docs", "/openapi.json")  # what is said there is said in JSON
+
+
+class Pages(Protocol):
+    """What serves some pages."""
+
+    def routes(self) -> list[web.RouteDef]:
+        """Paths of the whole listener."""
+
+
+class Dashboard:
+    """All of it. `middleware` belongs inside the boundary."""
+
+    def __init__(self, parts: Web, log: Log, stores: Stores) -> None:
+        assets = Assets()
+        self._desk = Desk(
+            parts=parts, log=log, stores=stores, door=Door(stores.sessions), templates=Templates(assets, parts.brand)
+        )
+        self._assets = assets
+        self._live = Live(self._desk)
+        self._pages: list[Pages] = [
+            SignIn(self._desk),
+            Overview(self._desk),
+            DeliveryPages(self._desk),
+            EventPages(self._desk),
+            TypePages(self._desk),
+            self._live,
+        ]
+        if parts.operator is not None:
+            self._pages.append(OperatorPages(self._desk, parts.operator))
+
+    def routes(self) -> list[web.RouteDef]:
+        """Paths of the whole listener."""
+        return [*self._assets.routes(), *(route for page in self._pages for route in page.routes())]
+
+    def middleware(self) -> Middleware:
+        """Turns what goes wrong into a page, where people look."""
+
+        @web.middleware
+        async def as_page(
+            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        ) -> web.StreamResponse:
+            try:
+                return await handler(request)
+            except Exception as error:
+                if not _is_for_people(request):
+                    raise
+                return await self._error_page(request, problem_of(request, error))
+
+        return as_page
+
+    async def close(self, _app: web.Application) -> None:
+        """End every stream."""
+        self._live.close()
+
+    async def _error_page(self, request: web.Request, problem: Problem) -> web.Response:
+        try:
+            await self._desk.door.recognise(request)
+        except Exception:  # noqa: BLE001  the database is away: a page that says so needs nobody signed in
+            self._desk.door.receive(request)
+        page = self._desk.templates.page(
+            request,
+            "error.html",
+            status=problem.status,
+            headers=problem.headers,
+            title=HTTPStatus(problem.status).phrase,
+            problem=problem,
+        )
+        self._desk.door.keep_guest(request, page)
+        return page
+
+
+def _is_for_people(request: web.Request) -> bool:
+    return "text/html" in request.headers.get("Accept", "") and not request.path.startswith(PROGRAMS)

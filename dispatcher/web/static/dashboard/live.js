@@ -1,0 +1,114 @@
+// Live pages. The server says that something changed; the page is fetched once more, and what is marked `data-live` is
+// replaced where it differs. So there is one way to render anything, and it is the server's.
+
+import { hold } from "./held.js";
+import { spell } from "./times.js";
+
+const BETWEEN_MS = 1000; // two looks
+const HIDDEN_MS = 60_000; // out of sight: the stream is closed after this long
+
+let looking = false;
+let again = false;
+let lastLook = 0;
+
+/** Follow the account's changes while somebody looks. */
+export function live() {
+  const { liveEvery } = document.querySelector("main").dataset;
+  if (liveEvery) setInterval(() => document.hidden || look(), liveEvery * 1000); // nobody tells these pages of changes
+  if (!document.querySelector("main[data-live-page]") || !document.querySelector("[data-live]")) return;
+  let source = null;
+  let closing = 0;
+  const open = () => {
+    clearTimeout(closing);
+    if (source) return;
+    source = new EventSource("/live");
+    source.addEventListener("change", look);
+    source.addEventListener("over", () => location.reload());
+    source.addEventListener("error", () => state("Reconnecting"));
+    source.addEventListener("open", () => state("Live"));
+  };
+  const close = () => {
+    source?.close();
+    source = null;
+  };
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) closing = setTimeout(close, HIDDEN_MS);
+    else {
+      if (!source) look();
+      open();
+    }
+  });
+  addEventListener("pagehide", close);
+  addEventListener("pageshow", (event) => event.persisted && open());
+  open();
+}
+
+/** Fetch the page again and take over what is live. */
+export async function look() {
+  if (looking) {
+    again = true;
+    return;
+  }
+  looking = true;
+  try {
+    await new Promise((resolve) => setTimeout(resolve, Math.max(0, lastLook + BETWEEN_MS - Date.now())));
+    lastLook = Date.now();
+    const response = await fetch(location.href, { headers: { Accept: "text/html" }, redirect: "manual" });
+    if (response.type === "opaqueredirect") location.reload();
+    else if (response.ok) take(new DOMParser().parseFromString(await response.text(), "text/html"));
+  } catch {
+    state("Reconnecting");
+  } finally {
+    looking = false;
+    if (again) {
+      again = false;
+      look();
+    }
+  }
+}
+
+function take(fresh) {
+  for (const old of document.querySelectorAll("[data-live]")) {
+    const now = fresh.getElementById(old.id);
+    if (now && old.dataset.live === "held") hold(old, now, () => replace(old, now));
+    else if (now) replace(old, now);
+  }
+}
+
+/** Put `now` in the place of `old`, unless somebody is at work in it. */
+function replace(old, now) {
+  if (old.dataset.source === undefined) old.dataset.source = plain(old);
+  const source = plain(now);
+  if (source === old.dataset.source || isBusy(old)) return;
+  const fresh = new Set([...now.querySelectorAll("[data-key]")].map((item) => item.dataset.key));
+  for (const item of old.querySelectorAll("[data-key]")) fresh.delete(item.dataset.key);
+  const focused = old.contains(document.activeElement) ? document.activeElement.id || document.activeElement.getAttribute("href") : null;
+  for (const details of now.querySelectorAll("details[id]")) {
+    const before = old.querySelector(`#${CSS.escape(details.id)}`); // what somebody opened stays open
+    if (before) details.open = before.open;
+  }
+  old.replaceChildren(...[...now.childNodes].map((node) => document.importNode(node, true)));
+  old.dataset.source = source;
+  for (const item of old.querySelectorAll("[data-key]")) if (fresh.has(item.dataset.key)) item.classList.add("fresh");
+  if (focused) old.querySelector(`#${CSS.escape(focused)}, [href="${CSS.escape(focused)}"]`)?.focus();
+  spell(old);
+}
+
+/** The text of an element without what the clock alone changes. */
+function plain(element) {
+  const copy = element.cloneNode(true);
+  for (const time of copy.querySelectorAll("time[data-time]")) time.textContent = "";
+  return copy.innerHTML;
+}
+
+function isBusy(element) {
+  if (element.querySelector("details.pop[open], dialog[open]")) return true;
+  return [...element.querySelectorAll("input, textarea, select")].some((input) => input === document.activeElement);
+}
+
+function state(text) {
+  for (const element of document.querySelectorAll("[data-live-state]")) {
+    element.textContent = text;
+    element.classList.toggle("warn", text !== "Live");
+  }
+}
