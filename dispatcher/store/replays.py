@@ -128,7 +128,7 @@ class ReplayStore:
         row = await self._db.fetchrow(self._sql["get"], endpoint_id, job_id)
         return None if row is None else _record(row)
 
-    async def list(
+    async def browse(
         self, endpoint_id: int, *, limit: int, after: str | None = None, before: str | None = None
     ) -> list[ReplayRecord]:
         """Newest first: those older than `after`, or the nearest ones newer than `before`; `limit` at most."""

@@ -123,7 +123,7 @@ class Replays:
     async def browse(self, request: web.Request) -> web.Response:
         """A webhook's replays, newest first."""
         part = wanted(request)
-        found = await self._log.replays.list(
+        found = await self._log.replays.browse(
             await self._endpoint(request), limit=part.limit + 1, after=part.after, before=part.before
         )
         records, next_cursor = cut(found, part)
@@ -136,9 +136,7 @@ class Replays:
         One of which everything was sent already stays as it is.
         """
         no_query(request)
-        record = await self._log.replays.cancel(
-            await self._endpoint(request), request.match_info["job"], CANCELLED
-        )
+        record = await self._log.replays.cancel(await self._endpoint(request), request.match_info["job"], CANCELLED)
         if record is None:
             raise not_found("replay")
         return answer(shown(record, request.match_info["id"]))
