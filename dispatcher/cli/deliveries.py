@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from dispatcher.cli.asking import browse, connected, part, tell_more
-from dispatcher.cli.output import examples, for_programs, hint, json_option, print_json, print_record, print_table
+from dispatcher.cli.output import (
+    examples,
+    for_programs,
+    hint,
+    json_option,
+    print_json,
+    print_record,
+    print_table,
+    since,
+)
 
 if TYPE_CHECKING:
     from dispatcher.cli.client import Api
@@ -51,12 +60,18 @@ async def list_deliveries(
         print_json(page)
         return
     print_table(
-        ("id", "status", "type", "attempts", "answer", "changed", "next"),
+        ("id", "status", "type", "tries", "answer", "changed", "next"),
         (
-            (d["id"], d["status"], d["event_type"], d["attempts"], _answer(d), d["updated_at"], d["next_attempt_at"])
+            (
+                *(d[name] for name in ("id", "status", "event_type", "attempts")),
+                _answer(d),
+                since(d["updated_at"]),
+                since(d["next_attempt_at"]),
+            )
             for d in page["data"]
         ),
         empty="no deliveries",
+        folding=("answer",),
     )
     tell_more(page)
 

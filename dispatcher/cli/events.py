@@ -19,6 +19,7 @@ from dispatcher.cli.output import (
     print_record,
     print_table,
     refuse,
+    since,
     text_argument,
 )
 
@@ -49,8 +50,9 @@ async def list_events(
         return
     print_table(
         ("id", "type", "created", "status", "why"),
-        ((e["id"], e["type"], e["created_at"], e["status"], e["reason"] or "") for e in page["data"]),
+        ((e["id"], e["type"], since(e["created_at"]), e["status"], e["reason"] or "") for e in page["data"]),
         empty="no events",
+        folding=("why",),
     )
     tell_more(page)
 
@@ -87,7 +89,9 @@ async def list_types(api: Api, type_: str | None, *, as_json: bool) -> None:
         print_json(page)
     else:
         print_table(
-            ("type", "description", "when"), ((t["name"], t["description"], t.get("when", "")) for t in page["data"])
+            ("type", "description", "when"),
+            ((t["name"], t["description"], t.get("when", "")) for t in page["data"]),
+            folding=("description", "when"),
         )
 
 

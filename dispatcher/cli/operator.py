@@ -30,6 +30,7 @@ from dispatcher.cli.output import (
     print_record,
     print_table,
     refuse,
+    since,
     text_argument,
 )
 
@@ -285,7 +286,10 @@ def list_keys(config_file: Path | None, as_json: bool) -> None:
         print_json(found)
         return
     columns = ("id", "account", "mode", "key", "created", "revoked")
-    rows = ((k["id"], k["account"], k["mode"], f"…{k['hint']}", k["created_at"], k["revoked_at"]) for k in found)
+    rows = (
+        (k["id"], k["account"], k["mode"], f"…{k['hint']}", since(k["created_at"]), since(k["revoked_at"]))
+        for k in found
+    )
     print_table(columns, rows, empty="no keys yet: dispatcher keys create --account NAME")
 
 

@@ -207,6 +207,7 @@ async def list_webhooks(api: Api, *, limit: int, after: str | None, every: bool,
             for w in page["data"]
         ),
         empty="no webhooks yet: trackpost webhooks create --url URL --events A,B",
+        folding=("url", "events", "why"),
     )
     tell_more(page)
 
