@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from dispatcher.cli.asking import browse, connected, part, tell_more
+from dispatcher.cli.completing import event_types, webhook_ids
 from dispatcher.cli.output import (
     examples,
     for_programs,
@@ -38,9 +39,9 @@ def deliveries() -> None:
         "trackpost deliveries list wh_… --class 5xx --since 2025-01-15T10:00:00Z --all",
     ),
 )
-@click.argument("webhook_id", metavar="WEBHOOK")
+@click.argument("webhook_id", metavar="WEBHOOK", shell_complete=webhook_ids)
 @click.option("--status", type=click.Choice(STATES), help="Only in this state.")
-@click.option("--type", metavar="TYPE", help="Only events of this type.")
+@click.option("--type", metavar="TYPE", shell_complete=event_types, help="Only events of this type.")
 @click.option("--event", "event_id", metavar="ID", help="Only of this event.")
 @click.option("--class", "status_class", type=click.Choice(CLASSES), help="Only where the last attempt came to this.")
 @click.option("--since", metavar="TIME", help="Last changed then or later, like 2025-01-15T10:30:00Z.")
@@ -55,9 +56,8 @@ async def list_deliveries(
 ) -> None:
     """List a webhook's deliveries: what waits first, then what changed last."""
     query = part(limit, after) | {name: value for name, value in filters.items() if value is not None}
-    page = await browse(api, "webhooks", webhook_id, "deliveries", query=query, every=every)
-    if for_programs(as_json):
-        print_json(page)
+    page = await browse(api, "webhooks", webhook_id, "deliveries", query=query, every=every, as_json=as_json)
+    if page is None:
         return
     print_table(
         ("id", "status", "type", "tries", "answer", "changed", "next"),

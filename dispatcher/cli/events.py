@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dispatcher.cli.asking import browse, connected, part, tell_more
+from dispatcher.cli.completing import event_types
 from dispatcher.cli.output import (
     MISUSED,
     Failure,
@@ -33,7 +34,7 @@ def events() -> None:
 
 
 @events.command("list", epilog=examples("trackpost events list --type email.bounced --limit 5"))
-@click.option("--type", "type_", metavar="TYPE", help="Only events of this type.")
+@click.option("--type", "type_", metavar="TYPE", shell_complete=event_types, help="Only events of this type.")
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True, help="How many.")
 @click.option("--after", metavar="CURSOR", help="Those that follow: the `next` of the page before.")
 @click.option("--all", "every", is_flag=True, help="All of them.")
@@ -44,9 +45,8 @@ async def list_events(
 ) -> None:
     """List events, newest first."""
     query = part(limit, after) | ({"type": type_} if type_ else {})
-    page = await browse(api, "events", query=query, every=every)
-    if for_programs(as_json):
-        print_json(page)
+    page = await browse(api, "events", query=query, every=every, as_json=as_json)
+    if page is None:
         return
     print_table(
         ("id", "type", "created", "status", "why"),
@@ -72,7 +72,7 @@ async def get_event(api: Api, event_id: str, *, as_json: bool) -> None:
 
 
 @events.command("types", epilog=examples("trackpost events types", "trackpost events types email.bounced"))
-@click.argument("type_", metavar="[TYPE]", required=False)
+@click.argument("type_", metavar="[TYPE]", required=False, shell_complete=event_types)
 @json_option
 @connected
 async def list_types(api: Api, type_: str | None, *, as_json: bool) -> None:
@@ -113,7 +113,7 @@ def _type_of(catalogue: Mapping[str, Any], name: str) -> dict[str, Any]:
         "trackpost trigger invoice.paid --data @invoice.json --idempotency-key invoice-17",
     )
 )
-@click.argument("type_", metavar="TYPE")
+@click.argument("type_", metavar="TYPE", shell_complete=event_types)
 @click.option(
     "--set",
     "changes",

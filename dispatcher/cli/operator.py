@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dispatcher import __version__
+from dispatcher.cli.completing import event_types
 from dispatcher.cli.output import (
     HELP,
     MISUSED,
@@ -329,7 +330,7 @@ def _key_fields(record: Any) -> dict[str, Any]:
         "psql -Atc 'SELECT row_to_json(…)' | dispatcher emit order.placed --data -",
     )
 )
-@click.argument("type_", metavar="TYPE")
+@click.argument("type_", metavar="TYPE", shell_complete=event_types)
 @click.option(
     "--data", required=True, metavar="JSON|@FILE|-", help="An object: itself, from a file, or from standard input."
 )
@@ -415,6 +416,21 @@ def status(watch: bool, config_file: Path | None, as_json: bool) -> None:
             await look(connection, reachable, watch=watch, as_json=for_programs(as_json))
 
     _run(_mapped(act()))
+
+
+@main.command(
+    epilog=examples(
+        "dispatcher completion bash > ~/.local/share/bash-completion/completions/dispatcher",
+        "dispatcher completion zsh > ~/.zfunc/_dispatcher",
+        "dispatcher completion fish > ~/.config/fish/completions/dispatcher.fish",
+    )
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what teaches a shell to complete `dispatcher`."""
+    from dispatcher.cli.completing import script
+
+    click.echo(script(main, "dispatcher", shell))
 
 
 # ── what the commands share ────────────────────────────────────────────────────────────────────────────────────────

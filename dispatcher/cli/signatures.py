@@ -16,7 +16,7 @@ from dispatcher.cli.output import FAILED, examples, file_argument, for_programs,
 def secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where the secret comes from."""
     for option in (
-        click.option("--secret-file", metavar="FILE", help="A file with the secret."),
+        click.option("--secret-file", type=click.Path(), metavar="FILE|-", help="A file with the secret."),
         click.option("--secret", metavar="SECRET", help="The secret. Shows in ps and in the shell's history."),
     ):
         command = option(command)
@@ -40,7 +40,7 @@ def _given_secret(secret: str | None, file: str | None, body: str) -> str:
         "trackpost sign --secret-file secret.txt body.json --json | jq -r '.\"X-Trackpost-Signature\"'",
     )
 )
-@click.argument("file", default="-")
+@click.argument("file", type=click.Path(), default="-")
 @secret_options
 @click.option("--webhook-id", metavar="ID", help="[default: the id in the body, else msg_0]")
 @click.option("--webhook-timestamp", type=click.IntRange(0), metavar="UNIX", help="[default: now]")
@@ -91,7 +91,7 @@ def _id_in(body: bytes) -> str | None:
         "                 --webhook-signature 'v1,K5oZ…' body.json",
     )
 )
-@click.argument("file", default="-")
+@click.argument("file", type=click.Path(), default="-")
 @secret_options
 @click.option("--signature", metavar="HEX", help="The value of X-Trackpost-Signature.")
 @click.option("--webhook-id", metavar="ID", help="The value of webhook-id.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from dispatcher.cli.asking import browse, connected, part, read_secret, show_one, tell_more
+from dispatcher.cli.completing import event_filters, event_types, webhook_ids
 from dispatcher.cli.output import (
     FAILED,
     Failure,
@@ -62,7 +63,9 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--description", metavar="TEXT", help="For you."),
         click.option("--no-secret", is_flag=True, help="Requests without a signature."),
-        click.option("--secret-file", metavar="FILE|-", help="A file with the secret, or standard input."),
+        click.option(
+            "--secret-file", type=click.Path(), metavar="FILE|-", help="A file with the secret, or standard input."
+        ),
         click.option(
             "--secret", metavar="SECRET", help="The secret to sign with. Shows in ps and in the shell's history."
         ),
@@ -72,7 +75,12 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 events_option = functools.partial(
-    click.option, "--events", multiple=True, metavar="A,B", help="Event types, * for all, or prefixes like email.*"
+    click.option,
+    "--events",
+    multiple=True,
+    metavar="A,B",
+    shell_complete=event_filters,
+    help="Event types, * for all, or prefixes like email.*",
 )
 
 
@@ -104,7 +112,7 @@ async def create_webhook(api: Api, *, url: str, events: tuple[str, ...], as_json
 
 
 @webhooks.command("update", epilog=examples("trackpost webhooks update wh_… --events '*' --reset rate_limit"))
-@click.argument("webhook_id", metavar="ID")
+@click.argument("webhook_id", metavar="ID", shell_complete=webhook_ids)
 @click.option("--url", help="Your endpoint; https.")
 @events_option()
 @settings_options
@@ -196,9 +204,8 @@ def _secret(options: Mapping[str, Any]) -> dict[str, str | None]:
 @connected
 async def list_webhooks(api: Api, *, limit: int, after: str | None, every: bool, as_json: bool) -> None:
     """List your webhooks, newest first."""
-    page = await browse(api, "webhooks", query=part(limit, after), every=every)
-    if for_programs(as_json):
-        print_json(page)
+    page = await browse(api, "webhooks", query=part(limit, after), every=every, as_json=as_json)
+    if page is None:
         return
     print_table(
         ("id", "status", "url", "events", "why"),
@@ -213,7 +220,7 @@ async def list_webhooks(api: Api, *, limit: int, after: str | None, every: bool,
 
 
 @webhooks.command("get")
-@click.argument("webhook_id", metavar="ID")
+@click.argument("webhook_id", metavar="ID", shell_complete=webhook_ids)
 @click.option("--show-secret", is_flag=True, help="With the secret its requests are signed with.")
 @json_option
 @connected
@@ -226,7 +233,7 @@ async def get_webhook(api: Api, webhook_id: str, *, show_secret: bool, as_json: 
 
 
 @webhooks.command("delete", epilog=examples("trackpost webhooks delete wh_…", "trackpost webhooks delete wh_… --yes"))
-@click.argument("webhook_id", metavar="ID")
+@click.argument("webhook_id", metavar="ID", shell_complete=webhook_ids)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @json_option
 @connected
@@ -248,7 +255,7 @@ async def delete_webhook(api: Api, webhook_id: str, *, yes: bool, as_json: bool)
 
 
 @webhooks.command("pause")
-@click.argument("webhook_id", metavar="ID")
+@click.argument("webhook_id", metavar="ID", shell_complete=webhook_ids)
 @json_option
 @connected
 async def pause_webhook(api: Api, webhook_id: str, *, as_json: bool) -> None:
@@ -257,7 +264,7 @@ async def pause_webhook(api: Api, webhook_id: str, *, as_json: bool) -> None:
 
 
 @webhooks.command("resume")
-@click.argument("webhook_id", metavar="ID")
+@click.argument("webhook_id", metavar="ID", shell_complete=webhook_ids)
 @json_option
 @connected
 async def resume_webhook(api: Api, webhook_id: str, *, as_json: bool) -> None:
@@ -279,8 +286,14 @@ def _show_status(webhook: Mapping[str, Any], as_json: bool) -> None:
     "test",
     epilog=examples("trackpost webhooks test wh_…", "trackpost webhooks test wh_… --type email.bounced --data @b.json"),
 )
-@click.argument("webhook_id", metavar="ID")
-@click.option("--type", "type_", metavar="TYPE", help="Which event's sample to send. [default: one it asks for]")
+@click.argument("webhook_id", metavar="ID", shell_complete=webhook_ids)
+@click.option(
+    "--type",
+    "type_",
+    metavar="TYPE",
+    shell_complete=event_types,
+    help="Which event's sample to send. [default: one it asks for]",
+)
 @click.option("--data", metavar="JSON|@FILE|-", help="Your own data in place of the sample.")
 @json_option
 @connected
@@ -324,8 +337,10 @@ def _advise(webhook_id: str, told: Mapping[str, Any]) -> None:
     "rotate-secret",
     epilog=examples("trackpost webhooks rotate-secret wh_…", "trackpost webhooks rotate-secret wh_… --grace 0"),
 )
-@click.argument("webhook_id", metavar="ID")
-@click.option("--secret-file", metavar="FILE|-", help="A file with the new secret, or standard input.")
+@click.argument("webhook_id", metavar="ID", shell_complete=webhook_ids)
+@click.option(
+    "--secret-file", type=click.Path(), metavar="FILE|-", help="A file with the new secret, or standard input."
+)
 @click.option("--secret", metavar="SECRET", help="The new secret. Shows in ps and in the shell's history.")
 @click.option("--grace", type=float, metavar="SECONDS", help="How long the old one signs as well. [default: a day]")
 @json_option
@@ -354,7 +369,7 @@ async def rotate_secret(
         "trackpost webhooks replay wh_… --since 2025-01-01T00:00:00Z --status missed --types email.bounced",
     ),
 )
-@click.argument("webhook_id", metavar="ID")
+@click.argument("webhook_id", metavar="ID", shell_complete=webhook_ids)
 @click.option("--since", required=True, metavar="TIME", help="Events from then on, like 2025-01-15T10:30:00Z.")
 @click.option("--until", metavar="TIME", help="Events before then. [default: now]")
 @click.option(
@@ -363,7 +378,13 @@ async def rotate_secret(
     type=click.Choice(["failed", "missed", "all"]),
     help="failed: given up. missed: never arrived, those from before the webhook existed included.",
 )
-@click.option("--types", multiple=True, metavar="A,B", help="Only events of these types. Repeatable.")
+@click.option(
+    "--types",
+    multiple=True,
+    metavar="A,B",
+    shell_complete=event_filters,
+    help="Only events of these types. Repeatable.",
+)
 @click.option("--dry-run", is_flag=True, help="Count them and send nothing.")
 @click.option("--no-wait", is_flag=True, help="Begin and return; do not wait for the end.")
 @json_option
@@ -419,7 +440,7 @@ async def _watch(api: Api, webhook_id: str, job: dict[str, Any]) -> dict[str, An
 
 
 @webhooks.command("stats", epilog=examples("trackpost webhooks stats wh_… --window 7d"))
-@click.argument("webhook_id", metavar="ID")
+@click.argument("webhook_id", metavar="ID", shell_complete=webhook_ids)
 @click.option("--window", default="24h", show_default=True, metavar="DURATION", help="How far back: 1m to 30d.")
 @json_option
 @connected
