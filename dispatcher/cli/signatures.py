@@ -54,9 +54,10 @@ def sign(
     webhook_timestamp: int | None,
     as_json: bool,
 ) -> None:
-    """Print the signature headers of a body (FILE, or standard input), as they would be sent.
+    """Print the signature headers of a body.
 
-    The body is signed to the byte: a line break at the end of the file belongs to it.
+    They are those that would be sent with FILE, or standard input; no server is asked. The body is signed to the byte:
+    a line break at the end of the file belongs to it.
     """
     from dispatcher.core.signing import Signer
 
@@ -111,7 +112,10 @@ def verify(
     ignore_age: bool,
     as_json: bool,
 ) -> None:
-    """Check the signature of a body (FILE, or standard input): the exit code is 0 if it is valid, 1 if not.
+    """Check the signature of a body.
+
+    That of FILE, or standard input, to the byte; no server is asked. The exit code is 0 if it is valid and 1 if not,
+    and you are told what is wrong with it.
 
     Give --signature, or all of --webhook-id, --webhook-timestamp and --webhook-signature, or all four.
     """
