@@ -98,7 +98,7 @@ class Payload:
         `data` is JSON text as the application wrote it, `created_at` any aware time (printed in UTC, in whole seconds),
         `version` plain text of our own.
         """
-        if _matches_event_id(event_id) is None:
+        if not is_event_id(event_id):
             raise Undeliverable("event id is not 1 to 64 characters of A-Z a-z 0-9 _ -")
         if not is_type(type):
             raise Undeliverable(f"type is not lower-case words joined by dots, at most {TYPE_BYTES_MAX} bytes")
@@ -173,6 +173,11 @@ def check_data(type: str, data: str | bytes) -> None:  # noqa: A002
     The size is that of the compact body under an id of ours.
     """
     Payload(_PROBE_ID, type, _PROBE_TIME, data)
+
+
+def is_event_id(text: str) -> bool:
+    """Tell whether a text can be an event's id: what may stand in a header, in a URL and in JSON as it is."""
+    return _matches_event_id(text) is not None
 
 
 def is_type(text: str) -> bool:

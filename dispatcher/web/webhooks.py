@@ -27,13 +27,13 @@ from dispatcher.errors import AddressRefused
 from dispatcher.model import BodyStyle, EndpointStatus
 from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, EndpointRecord
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
-from dispatcher.web.asked import read_optional_body
+from dispatcher.web.asked import nothing_said, read_optional_body
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting, read_body
 from dispatcher.web.changes import Changes, Expect
 from dispatcher.web.openapi import IF_MATCH, PAGE, Answer, PageOf, operation
 from dispatcher.web.parts import Web
-from dispatcher.web.problems import FieldError, Problem, not_found
+from dispatcher.web.problems import FieldError, Problem, invalid, not_found
 
 EVENTS_MAX: Final = 100
 WRONG_EVENTS_MAX: Final = 20  # named in one answer: finding the nearest name takes a while
@@ -237,13 +237,13 @@ class Webhooks:
     @operation("Webhooks", parameters=[IF_MATCH], answers={200: _CHANGED}, problems=[*_CHANGE, "webhook_disabled"])
     async def pause(self, request: web.Request) -> web.Response:
         """Stop new attempts and hold what comes. Pausing twice is no mistake; pausing what is disabled is."""
-        no_query(request)
+        await nothing_said(request)
         return self._answer(await self._changes.pause(*_named(request)))
 
     @operation("Webhooks", parameters=[IF_MATCH], answers={200: _CHANGED}, problems=_CHANGE)
     async def resume(self, request: web.Request) -> web.Response:
         """Send again, what was held first; re-activates a disabled webhook too."""
-        no_query(request)
+        await nothing_said(request)
         return self._answer(await self._changes.resume(*_named(request)))
 
     @operation("Webhooks", answers={200: SecretAnswer})
@@ -287,6 +287,8 @@ class Webhooks:
 def _named(request: web.Request) -> tuple[int, str, Expect]:
     """The webhook of the path: the caller's account, its id, and the version that If-Match names (else 412)."""
     tags = request.if_match
+    if "If-Match" in request.headers and not tags:
+        raise invalid([FieldError("If-Match", 'expected an ETag in its quotation marks, like "3", or *')])
 
     def expect(record: EndpointRecord) -> None:
         matches = {"*", str(record.version)}
