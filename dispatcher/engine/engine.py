@@ -413,14 +413,15 @@ class Engine:
         lanes, now = deliverer.lanes, self._loop.time()
         wall = datetime.fromtimestamp(self._wall(), UTC)
         active = self.role == "active" and reader is not None and retries is not None
+        moved_at = self.instance.waited_at
+        if active and reader and retries:
+            moved_at = min(reader.progress_at, retries.progress_at)
         behind = reader.read_to if active and reader else None
         oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
         return Snapshot(
             role=self.role,
             database=self.database,
-            progress_age_s=(
-                max(0.0, now - min(reader.progress_at, retries.progress_at)) if active and reader and retries else 0.0
-            ),
+            progress_age_s=max(0.0, now - moved_at) if moved_at is not None else 0.0,
             at_unix_s=self._wall(),
             events=t.events,
             deliveries=dict(t.deliveries),
