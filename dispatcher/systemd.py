@@ -1,6 +1,6 @@
 """What passes between the service manager and us, if there is one.
 
-We tell it how we are: sd_notify(3), a datagram each. It may hand us sockets that it listens on already: sd_listen_fds(3).
+We tell it how we are: sd_notify(3), a datagram each. It may hand us sockets that it listens on: sd_listen_fds(3).
 """
 
 from __future__ import annotations

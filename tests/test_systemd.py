@@ -72,7 +72,7 @@ def listening() -> Iterator[socket.socket]:
 async def test_a_service_from_its_start_to_its_stop(
     manager: Manager, listening: socket.socket, database: str, tmp_path: Path
 ) -> None:
-    """READY when ready, on the socket it was given; alive; reloads with its clock; says that it stops, and for how long."""
+    """READY when ready, on the socket it was given; says how it is, that it reloads, that it stops and for how long."""
     environment = {
         **os.environ,
         "DISPATCHER_DATABASE_DSN": database,
@@ -92,8 +92,8 @@ async def test_a_service_from_its_start_to_its_stop(
         port = listening.getsockname()[1]
         async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/v1/webhooks") as answer:
             assert answer.status == 401
-        alive = await asyncio.to_thread(manager.until, "WATCHDOG")
-        assert alive["STATUS"] == "active: 0 queued, 0 in flight, 0 retries waiting"
+        status = await asyncio.to_thread(manager.until, "STATUS")
+        assert status["STATUS"] == "active: 0 queued, 0 in flight, 0 retries waiting"
         process.send_signal(signal.SIGHUP)
         begun = await asyncio.to_thread(manager.until, "RELOADING")
         assert int(begun["MONOTONIC_USEC"]) > 0

@@ -21,7 +21,8 @@ async def serve(
 ) -> web.AppRunner:
     """Serve `app` at `listen` ("host:port"; port 0 takes a free one, `runner.addresses` says which).
 
-    `sockets` that somebody else listens on already take the place of `listen`. The runner's `cleanup` ends it. Raises ConfigurationError, naming `key`, when nobody can listen there.
+    `sockets` that somebody else listens on already take the place of `listen`. The runner's `cleanup` ends it. Raises
+    ConfigurationError, naming `key`, when nobody can listen there.
     """
     runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
