@@ -299,7 +299,7 @@ async def run(
         stack.push_async_callback(api.cleanup)
         if config.metrics.listen:
             metrics = await serve(
-                build_metrics_app(engine.snapshot),
+                build_metrics_app(engine.snapshot, state_directory=Path(config.state.directory)),
                 config.metrics.listen,
                 key="[metrics] listen",
                 sockets=sockets["metrics"],
