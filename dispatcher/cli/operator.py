@@ -156,12 +156,19 @@ def demo(once: bool, port: int | None, as_json: bool) -> None:
 @main.command("check-config")
 @click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
-def check_config(file: Path | None, as_json: bool) -> None:
+@click.option("--reference", "as_reference", is_flag=True, help="Print what every key is and means, as Markdown.")
+@click.option("--example", "as_example", is_flag=True, help="Print a file with every key at its default.")
+def check_config(file: Path | None, as_json: bool, as_reference: bool, as_example: bool) -> None:
     """Print the configuration in effect, or every mistake in it.
 
     Each key is printed with the value it has from file, environment or default; secrets are masked. A mistake is told
     with key, value and what was expected, and the exit code is 2.
     """
+    if as_reference or as_example:
+        from dispatcher.cli.reference import example, reference
+
+        click.echo(reference() if as_reference else example(), nl=False)
+        return
     config = _configuration(file)
     if config.events.catalogue:
         from dispatcher.daemon import catalogue_of
