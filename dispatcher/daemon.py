@@ -225,10 +225,15 @@ def tune() -> None:
     gc.set_threshold(50_000, 50, 100)
 
 
+def files_wanted(config: Config) -> int:
+    """How many descriptors a full load takes."""
+    return config.delivery.max_in_flight * FILES_PER_REQUEST + 256
+
+
 def raise_file_limit(config: Config) -> None:
     """Every connection is a descriptor: take what the system lets us have, and say when it is too little."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = config.delivery.max_in_flight * FILES_PER_REQUEST + 256
+    wanted = files_wanted(config)
     if soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         with contextlib.suppress(OSError, ValueError):

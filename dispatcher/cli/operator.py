@@ -420,6 +420,26 @@ def status(watch: bool, config_file: Path | None, as_json: bool) -> None:
     _run(_mapped(act()))
 
 
+@main.command(
+    epilog=examples("dispatcher doctor", "dispatcher doctor --json | jq '.findings[] | select(.verdict != \"ok\")'")
+)
+@config_option
+@json_option
+def doctor(config_file: Path | None, as_json: bool) -> None:
+    """Look at everything that has to be right here, and say what to change.
+
+    Clock, file limits, trust store, secrets key, disk and ports of this host; version, settings, connections and
+    poolers of the database; schema, key, daemons and partitions in it. Changes nothing.
+
+    Exit codes: 0 all is well, though there may be advice; 1 there is a problem; 2 the configuration is wrong; 3 the
+    database cannot be reached.
+    """
+    from dispatcher.cli.doctor import examine, show
+
+    findings, reached = _run(examine(_configuration(config_file, quiet=True)))
+    click.get_current_context().exit(show(findings, reached=reached, as_json=for_programs(as_json)))
+
+
 # ── what the commands share ────────────────────────────────────────────────────────────────────────────────────────
 
 

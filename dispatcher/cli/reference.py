@@ -40,7 +40,7 @@ def example() -> str:
 
 
 def meanings(text: str) -> dict[tuple[str, str], str]:
-    """What the comments of such a file say of each key, by section and key, without the marks of secrets and reloads."""
+    """What the comments of such a file say of each key, by section and key, without the marks in front."""
     found: dict[tuple[str, str], str] = {}
     section, comment = "", list[str]()
     for line in text.splitlines():
