@@ -1,4 +1,4 @@
-"""A pooler in transaction mode, as far as a client can tell: server connections are lent for a transaction at a time."""
+"""A pooler in transaction mode, as a client sees it: server connections are lent for one transaction at a time."""
 
 from __future__ import annotations
 
