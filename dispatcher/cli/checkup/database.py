@@ -37,6 +37,10 @@ async def look_at_database(config: Config, wall: Callable[[], float] = time.time
     """Everything on the database of `config`. Raises DatabaseUnreachable when it cannot be looked at."""
     connection = await connect(config.database.dsn, name="dispatcher doctor")
     try:
+        # First: with a pooler in between, everything after it may fail for that reason alone.
+        yield await look_in_between("[database] dsn", config.database.dsn)
+        if config.database.listen_dsn != config.database.dsn:
+            yield await look_in_between("[database] listen_dsn", config.database.listen_dsn)
         yield await look_at_clock(connection, wall)
         for finding in await look_at_server(connection, config):
             yield finding
@@ -44,9 +48,6 @@ async def look_at_database(config: Config, wall: Callable[[], float] = time.time
             yield finding
     finally:
         await connection.close(timeout=5)
-    yield await look_in_between("[database] dsn", config.database.dsn)
-    if config.database.listen_dsn != config.database.dsn:
-        yield await look_in_between("[database] listen_dsn", config.database.listen_dsn)
 
 
 def why_unreachable(error: DatabaseUnreachable) -> Finding:
@@ -86,10 +87,9 @@ async def look_at_clock(connection: Any, wall: Callable[[], float] = time.time) 
 
 async def look_at_server(connection: Any, config: Config) -> list[Finding]:
     """Version, settings, connections, what holds vacuum and WAL up."""
-    version = connection.get_server_version()
     rows = await connection.fetch("SELECT name, setting FROM pg_settings WHERE name = ANY ($1)", list(SETTINGS))
     found = [
-        ok("PostgreSQL", f"version {version.major}.{version.minor}"),
+        ok("PostgreSQL", f"version {connection.get_settings().server_version.split()[0]}"),
         *judge_settings(dict(rows)),
         await _look_at_connections(connection, config),
         await _look_at_vacuum(connection),
