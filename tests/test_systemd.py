@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +46,9 @@ class Manager:
 
     def until(self, *keys: str) -> dict[str, str]:
         """The next datagram that has these keys."""
+        give_up_at = time.monotonic() + PATIENCE_S
         while not set(keys) <= set(told := self.told()):
-            pass
+            assert time.monotonic() < give_up_at, f"nobody said {keys}"
         return told
 
     def close(self) -> None:
@@ -77,7 +79,7 @@ async def test_a_service_from_its_start_to_its_stop(
         **os.environ,
         "DISPATCHER_DATABASE_DSN": database,
         "DISPATCHER_STATE_DIRECTORY": str(tmp_path),
-        "DISPATCHER_SERVER_LISTEN": "127.0.0.1:1",  # nobody may listen there: the socket takes its place
+        "DISPATCHER_SERVER_LISTEN": "192.0.2.1:80",  # nobody may listen there: the socket takes its place
         "DISPATCHER_METRICS_LISTEN": "127.0.0.1:0",
         "DISPATCHER_DELIVERY_DRAIN_S": "77",
         "WATCHDOG_USEC": "200000",

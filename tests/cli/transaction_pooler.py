@@ -9,7 +9,11 @@ SSL_REQUEST = (80877103).to_bytes(4, "big")
 
 
 class TransactionPooler:
-    """Listens on loopback, and lends two connections to the server at `path`, the last returned first."""
+    """Listens on loopback, and lends two connections to the server at `path`, the last returned first.
+
+    Like newer poolers it makes prepared statements known to whichever connection it lends, so that only what truly
+    belongs to a session is lost.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -17,6 +21,9 @@ class TransactionPooler:
         self._greeting = b""
         self._server: Any = None
         self._writers: list[asyncio.StreamWriter] = []
+        self._prepared: dict[bytes, bytes] = {}  # name → the message that prepares it; names differ between clients
+        self._unasked = 0
+        self._known: dict[int, set[bytes]] = {}  # to which connection
 
     async def start(self) -> int:
         """Listen; return the port."""
@@ -72,12 +79,29 @@ class TransactionPooler:
                 pump = asyncio.create_task(self._pump(lent, to_client, done))
             assert lent is not None
             assert pump is not None
+            self._prepare(message, lent[1])
             lent[1].write(message)
+
+    def _prepare(self, message: bytes, to_server: asyncio.StreamWriter) -> None:
+        known = self._known.setdefault(id(to_server), set())
+        if message[:1] == b"P":
+            name = message[5:].split(b"\0")[0]
+            self._prepared[name] = message
+            known.add(name)
+            return
+        name = message[5:].split(b"\0")[1] if message[:1] == b"B" else message[6:].split(b"\0")[0]
+        if message[:1] in {b"B", b"D"} and name in self._prepared and name not in known:
+            known.add(name)
+            to_server.write(self._prepared[name])
+            self._unasked += 1
 
     async def _pump(self, lent: Any, to_client: asyncio.StreamWriter, done: asyncio.Event) -> None:
         """Pass answers on until the transaction is over; notifications have nobody to go to."""
         while True:
             message = await _message(lent[0])
+            if message[:1] == b"1" and self._unasked:  # ParseComplete, for what we prepared
+                self._unasked -= 1
+                continue
             if message[:1] == b"A":
                 continue
             is_over = message[:1] == b"Z" and message[5:6] == b"I"
