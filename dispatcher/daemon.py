@@ -13,6 +13,7 @@ import gc
 import os
 import resource
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -41,16 +42,19 @@ from dispatcher.store.overview import OverviewStore
 from dispatcher.store.replays import ReplayStore
 from dispatcher.store.sessions import SessionStore
 from dispatcher.store.vault import Vault, new_key
+from dispatcher.telemetry import Snapshot
 from dispatcher.web.api import build_api_app
 from dispatcher.web.metrics import build_metrics_app
 from dispatcher.web.parts import Log, Operator, Send, Stores, Trial, Tried, Web
 from dispatcher.web.server import serve
 
 EMBEDDED_DIRECTORY: Final = "postgres"
-KEY_FILE: Final = "secret.key"
 FILES_PER_REQUEST: Final = 2  # in flight and idle connections; the rest is small change
 WAIT_S: Final = 1.0
+START_S: Final = 60.0  # granted by the service manager at every try: longer than a try and the start after it take
 READY_POLL_S: Final = 0.05
+STATUS_S: Final = 5.0
+SETTLE_S: Final = 10.0  # behind [delivery] drain_s: what was in flight is written down
 EXIT_NOW: Final = 130  # a second signal: at once, as a shell would report it
 
 log = structlog.get_logger("dispatcher.daemon")
@@ -89,6 +93,7 @@ async def _reach(config: Config, *, wait: bool) -> dict[str, str]:
             if not wait:
                 raise
             log.warning("database.waiting", reason=str(error))
+            systemd.notify("STATUS=waiting for the database", f"EXTEND_TIMEOUT_USEC={int(START_S * 1e6)}")
             await asyncio.sleep(WAIT_S)
             continue
         try:
@@ -152,9 +157,11 @@ class Daemon:
     accounts: AccountStore
     web: Web
     url: str  # of API and dashboard
+    stopping: bool = False
 
     def stop(self) -> None:
         """Drain and end."""
+        self.stopping = True
         self.engine.stop()
 
 
@@ -218,10 +225,15 @@ def tune() -> None:
     gc.set_threshold(50_000, 50, 100)
 
 
+def files_wanted(config: Config) -> int:
+    """How many descriptors a full load takes."""
+    return config.delivery.max_in_flight * FILES_PER_REQUEST + 256
+
+
 def raise_file_limit(config: Config) -> None:
     """Every connection is a descriptor: take what the system lets us have, and say when it is too little."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = config.delivery.max_in_flight * FILES_PER_REQUEST + 256
+    wanted = files_wanted(config)
     if soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         with contextlib.suppress(OSError, ValueError):
@@ -250,6 +262,7 @@ async def run(
     `on_ready` is called once events are being delivered, or another daemon does that and this one stands by. Raises
     ConfigurationError, SchemaMismatch, DatabaseUnreachable.
     """
+    sockets = _passed_sockets()
     settings = await _reach(config, wait=wait)
     vault = open_vault(config)
     await _agree_on_key(config, vault, settings.get("key_fingerprint"))
@@ -287,12 +300,17 @@ async def run(
         web.log = Log(deliveries=DeliveryStore(pool), replays=ReplayStore(pool), ids=ids, send=sender(shot))
         if config.server.operator_key:
             web.operator = Operator(key=config.server.operator_key, store=OperatorStore(pool), settings=config.masked())
-        api = await serve(build_api_app(web), config.server.listen, key="[server] listen")
+        api = await serve(build_api_app(web), config.server.listen, key="[server] listen", sockets=sockets["server"])
         stack.push_async_callback(api.cleanup)
         if config.metrics.listen:
-            metrics = await serve(build_metrics_app(engine.snapshot), config.metrics.listen, key="[metrics] listen")
+            metrics = await serve(
+                build_metrics_app(engine.snapshot, state_directory=Path(config.state.directory)),
+                config.metrics.listen,
+                key="[metrics] listen",
+                sockets=sockets["metrics"],
+            )
             stack.push_async_callback(metrics.cleanup)
-        daemon = Daemon(config, engine, pool, accounts, web, f"http://{_shown(api, config)}")
+        daemon = Daemon(config, engine, pool, accounts, web, _url(api))
         if signals:
             stack.callback(_handle_signals(daemon, reload))
         tune()
@@ -306,10 +324,24 @@ async def run(
     log.info("stopped")
 
 
-def _shown(runner: Any, config: Config) -> str:
-    """Where the API really listens: port 0 asks the system for one."""
-    host, port = runner.addresses[0][:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _passed_sockets() -> dict[str, list[socket.socket]]:
+    """Sockets passed by the service manager, by the section whose `listen` they replace. Raises ConfigurationError."""
+    passed: dict[str, list[socket.socket]] = {"server": [], "metrics": []}
+    try:
+        for name, each in systemd.take_sockets():
+            passed["metrics" if name == "metrics" else "server"].append(each)
+    except OSError as error:
+        raise ConfigurationError([f"LISTEN_FDS: expected sockets: {error.strerror}"]) from None
+    return passed
+
+
+def _url(runner: Any) -> str:
+    """Where the API really listens: port 0 asks the system for one, and a socket may have been passed."""
+    address = runner.addresses[0]
+    if not isinstance(address, tuple):
+        return f"unix:{address}"
+    host, port = address[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def _announce(daemon: Daemon, running: asyncio.Task[None], on_ready: Callable[[Daemon], None] | None) -> None:
@@ -321,13 +353,19 @@ async def _announce(daemon: Daemon, running: asyncio.Task[None], on_ready: Calla
     systemd.notify("READY=1", f"STATUS={engine.role}")
     if on_ready is not None:
         on_ready(daemon)
-    every = systemd.watchdog_s() or 5.0
+    every = systemd.watchdog_s() or STATUS_S
     while True:
-        await asyncio.sleep(min(every, 5.0))
+        await asyncio.sleep(min(every, STATUS_S))
         s = engine.snapshot()
-        status = f"{s.role}: {s.queued} queued, {s.in_flight} in flight, {s.retries_waiting} retries waiting"
-        alive = ("WATCHDOG=1",) if s.progress_age_s < every else ()
-        systemd.notify(f"STATUS={status if s.database else 'database away: ' + status}", *alive)
+        # A drain reads nothing more and has an end of its own.
+        alive = ("WATCHDOG=1",) if daemon.stopping or s.progress_age_s < every else ()
+        systemd.notify(f"STATUS={_status(s, stopping=daemon.stopping)}", *alive)
+
+
+def _status(s: Snapshot, *, stopping: bool) -> str:
+    """What `systemctl status` shows."""
+    does = "draining" if stopping else s.role if s.database else "database away"
+    return f"{does}: {s.queued} queued, {s.in_flight} in flight, {s.retries_waiting} retries waiting"
 
 
 def _handle_signals(daemon: Daemon, reload: Callable[[], Config] | None) -> Callable[[], None]:
@@ -340,8 +378,12 @@ def _handle_signals(daemon: Daemon, reload: Callable[[], Config] | None) -> Call
         if asked:
             os._exit(EXIT_NOW)  # nothing is lost: what is not settled is still in the outbox or pending
         asked = True
-        systemd.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((daemon.config.delivery.drain_s + 10) * 1e6)}")
         daemon.stop()
+        systemd.notify(
+            "STOPPING=1",
+            f"EXTEND_TIMEOUT_USEC={int((daemon.config.delivery.drain_s + SETTLE_S) * 1e6)}",
+            f"STATUS={_status(daemon.engine.snapshot(), stopping=True)}",
+        )
 
     def hang_up() -> None:
         if reload is not None:

@@ -163,12 +163,19 @@ def demo(once: bool, port: int | None, as_json: bool) -> None:
 )
 @click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
-def check_config(file: Path | None, as_json: bool) -> None:
+@click.option("--reference", "as_reference", is_flag=True, help="Print what every key is and means, as Markdown.")
+@click.option("--example", "as_example", is_flag=True, help="Print a file with every key at its default.")
+def check_config(file: Path | None, as_json: bool, as_reference: bool, as_example: bool) -> None:
     """Print the configuration in effect, or every mistake in it.
 
     Each key is printed with the value it has from file, environment or default; secrets are masked. A mistake is told
     with key, value and what was expected, and the exit code is 2.
     """
+    if as_reference or as_example:
+        from dispatcher.cli.reference import example, reference
+
+        click.echo(reference() if as_reference else example(), nl=False)
+        return
     config = _configuration(file)
     if config.events.catalogue:
         from dispatcher.daemon import catalogue_of
@@ -449,6 +456,26 @@ def completion(shell: str) -> None:
     from dispatcher.cli.completing import script
 
     click.echo(script(main, "dispatcher", shell))
+
+
+@main.command(
+    epilog=examples("dispatcher doctor", "dispatcher doctor --json | jq '.findings[] | select(.verdict != \"ok\")'")
+)
+@config_option
+@json_option
+def doctor(config_file: Path | None, as_json: bool) -> None:
+    """Look at everything that has to be right here, and say what to change.
+
+    Clock, file limits, trust store, secrets key, disk and ports of this host; version, settings, connections and
+    poolers of the database; schema, key, daemons and partitions in it. Changes nothing.
+
+    Exit codes: 0 all is well, though there may be advice; 1 there is a problem; 2 the configuration is wrong; 3 the
+    database cannot be reached.
+    """
+    from dispatcher.cli.doctor import examine, show
+
+    findings, reached = _run(examine(_configuration(config_file, quiet=True)))
+    click.get_current_context().exit(show(findings, reached=reached, as_json=for_programs(as_json)))
 
 
 # ── what the commands share ────────────────────────────────────────────────────────────────────────────────────────

@@ -38,6 +38,7 @@ class Instance:
 
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
         self.id = f"{socket.gethostname()}:{os.getpid()}"
+        self.waited_at: float | None = None  # loop time of a standby's last try for the lease; None while it is none
         self._started_at = datetime.now(UTC)
         self._snapshot = snapshot
 
@@ -90,12 +91,17 @@ class Listener:
         await shard.system()  # raises on a read-only server: no lease is worth having there
         low, high = TRY_S
         told = False
-        while not await shard.try_lease():
-            if not told:
-                told = True
-                standby()
-            await self._instance.beat(self.connection, "standby")
-            await asyncio.sleep(self._dice.uniform(low, high))
+        loop = asyncio.get_running_loop()
+        try:
+            while not await shard.try_lease():
+                if not told:
+                    told = True
+                    standby()
+                self._instance.waited_at = loop.time()
+                await self._instance.beat(self.connection, "standby")
+                await asyncio.sleep(self._dice.uniform(low, high))
+        finally:
+            self._instance.waited_at = None
 
     async def run(self) -> None:
         """Beat until cancelled; raises when the connection, and with it the lease, is gone."""

@@ -196,7 +196,8 @@ class OutboxReader:
     async def _room(self) -> None:
         """Back-pressure: wait until the engine can hold another page."""
         while not self.stopping and self._is_full():
-            self.progress_at = self._loop.time()
+            if not self._ledger.full:  # endpoints may be slow for as long as they like; our own ledger may not
+                self.progress_at = self._loop.time()
             if self.registry_changed:
                 await self.reload()
             if not self._ledger.full:

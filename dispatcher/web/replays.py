@@ -119,12 +119,7 @@ class Replays:
         """A webhook's replays, newest first."""
         part = wanted(request)
         endpoint_id = await self._endpoint(caller(request).account_id, request.match_info["id"])
-        found = await self._log.replays.browse(
-            await self._endpoint(caller(request).account_id, request.match_info["id"]),
-            limit=part.limit + 1,
-            after=part.after,
-            before=part.before,
-        )
+        found = await self._log.replays.browse(endpoint_id, limit=part.limit + 1, after=part.after, before=part.before)
         records, next_cursor = cut(found, part)
         return page([shown(record, request.match_info["id"]) for record in records], next_cursor)
 
@@ -137,10 +132,6 @@ class Replays:
         no_query(request)
         endpoint_id = await self._endpoint(caller(request).account_id, request.match_info["id"])
         record = await self._log.replays.cancel(endpoint_id, request.match_info["job"], CANCELLED)
-            await self._endpoint(caller(request).account_id, request.match_info["id"]),
-            request.match_info["job"],
-            CANCELLED,
-        )
         if record is None:
             raise not_found("replay")
         return answer(shown(record, request.match_info["id"]))

@@ -27,9 +27,20 @@ SELECT pg_try_advisory_lock_shared(1953656688, 0);
 SELECT pg_advisory_unlock_shared(1953656688, 0);
 
 -- name: gauges
--- What the metrics show of the tables, each from the end of an index: the newest sequence number, the oldest pending event.
+-- What the metrics show of the tables, each from the end of an index: the newest sequence number, the oldest pending event;
+-- and the daemons of this database, of which the table holds a handful.
 SELECT (SELECT last_value FROM dispatcher.outbox_seq) AS newest_seq,
-       (SELECT event_at FROM dispatcher.pending ORDER BY event_seq LIMIT 1) AS oldest_pending_at;
+       (SELECT event_at FROM dispatcher.pending ORDER BY event_seq LIMIT 1) AS oldest_pending_at,
+       count(*) FILTER (WHERE role = 'active') AS active, count(*) FILTER (WHERE role = 'standby') AS standby
+FROM dispatcher.instance WHERE heartbeat_at > now() - interval '5 seconds';
+
+-- name: partitions_until
+-- When the last partition of each table made ahead ends, in Unix seconds. Reads the catalogue only.
+SELECT parent.relname::text AS name,
+       extract(epoch FROM max(to_date(right(leaf.relname, 8), 'YYYYMMDD')) + interval '1 day')::float8 AS until
+FROM pg_inherits i JOIN pg_class leaf ON leaf.oid = i.inhrelid JOIN pg_class parent ON parent.oid = i.inhparent
+WHERE i.inhparent IN ('dispatcher.outbox'::regclass, 'dispatcher.attempt'::regclass) AND leaf.relname ~ '_[0-9]{8}$'
+GROUP BY parent.relname;
 
 -- name: own_xid
 SELECT pg_current_xact_id();
