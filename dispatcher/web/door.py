@@ -6,21 +6,77 @@ request's head, another to bring the next one, and when there are too many, thos
 room. Who has sent a head is being served and is never put out.
 
 Bodies have a deadline of their own, where they are read.
+
+What is no request gets a problem like any other mistake. Neither the answer nor the log repeats a byte of it: a
+misspelt header may well be the one with the key.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+import structlog
 from aiohttp import web
+
+from dispatcher.web.problems import Problem
 
 CONNECTIONS_MAX: Final = 1000
 """Of one listener: ≈ 30 KiB and a descriptor each, and many times what its callers have open at once."""
 
 HEAD_S: Final = 15.0  # from a connection's opening to the end of its first request's head
 IDLE_S: Final = 75.0  # from an answer to the end of the next head: longer than reverse proxies keep theirs
+
+log = structlog.get_logger("dispatcher.web")
+
+
+class Connection(web.RequestHandler):
+    """One connection of a caller."""
+
+    __slots__ = ("_door",)
+
+    def __init__(self, door: Door, server: web.Server, *, idle_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(server, loop=loop, access_log=None, keepalive_timeout=idle_s)  # type: ignore[arg-type]
+        self._door = door
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open."""
+        super().connection_made(transport)
+        self._door.admit(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """It is gone."""
+        self._door.forget(self)
+        super().connection_lost(exc)
+
+    def put_out(self) -> None:
+        """Close at once, whatever there is still to send."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer for what no handler got to see, or none could answer for."""
+        if status < 500:
+            log.debug("request.malformed", status=status, reason=type(exc).__name__)
+            problem = Problem(status, "bad_request", "This is not a request as RFC 9112 has it.")
+        else:
+            log.error("request.failed", exc_info=exc)
+            if request.writer.output_size > 0:
+                raise ConnectionError("an answer has begun already")
+            problem = Problem(status, "internal_error", "This is our fault. It was logged.")
+        response = problem.response()
+        response.headers["Server"] = "dispatcher"  # or else it says which versions run here
+        response.force_close()
+        return response
 
 
 class Door(web.AppRunner):
@@ -36,46 +92,45 @@ class Door(web.AppRunner):
         **options: Any,
     ) -> None:
         app.middlewares.insert(0, self._attend())
-        super().__init__(app, keepalive_timeout=idle_s, **options)
+        super().__init__(app, access_log=None, handle_signals=False, **options)
         self._connections_max = connections_max
         self._head_s = head_s
-        # Who keeps us waiting, longest first, and whether for its first head. Some may be gone already.
-        self._waiting: dict[web.RequestHandler, bool] = {}
+        self._idle_s = idle_s
+        self._connections: set[web.RequestHandler] = set()
+        self._waiting: dict[web.RequestHandler, None] = {}  # whoever keeps us waiting, longest first
+        self._patience: dict[web.RequestHandler, asyncio.TimerHandle] = {}  # with those yet to send their first head
 
     def __repr__(self) -> str:
-        return f"<Door {len(self._waiting)} waiting>"
+        return f"<Door {len(self._connections)} connections, {len(self._waiting)} waiting>"
 
     @property
     def server(self) -> Any:
         """What makes the protocol of each new connection; None before `setup`."""
-        return None if super().server is None else self._admit
-
-    def _admit(self) -> web.RequestHandler:
         server = super().server
-        assert server is not None, "the listener was set up"
+        return None if server is None else functools.partial(Connection, self, server, idle_s=self._idle_s)
+
+    def admit(self, connection: Connection) -> None:
+        """Let a connection in, and another one out if there are too many: this one, if all others are being served."""
+        self._connections.add(connection)
+        self._waiting[connection] = None
         loop = asyncio.get_running_loop()
-        admitted: web.RequestHandler = server()
-        connected = len(server.connections)
-        if connected >= self._connections_max:
-            # With everybody else being served, the newcomer makes room itself, once it is connected.
-            loop.call_soon(_put_out, self._longest_waiting() or admitted)
-        elif len(self._waiting) > connected:
-            self._waiting = {each: first for each, first in self._waiting.items() if each.transport is not None}
-        self._waiting[admitted] = True
-        loop.call_later(self._head_s, self._lose_patience, admitted)
-        return admitted
+        self._patience[connection] = loop.call_later(self._head_s, connection.put_out)
+        if len(self._connections) > self._connections_max:
+            longest = next(iter(self._waiting))
+            assert isinstance(longest, Connection)
+            self.forget(longest)
+            longest.put_out()
 
-    def _longest_waiting(self) -> web.RequestHandler | None:
-        while self._waiting:
-            connection = next(iter(self._waiting))
-            del self._waiting[connection]
-            if connection.transport is not None:
-                return connection
-        return None
+    def forget(self, connection: Connection) -> None:
+        """A connection is gone, or as good as that."""
+        self._connections.discard(connection)
+        self._attended(connection)
 
-    def _lose_patience(self, connection: web.RequestHandler) -> None:
-        if self._waiting.get(connection):
-            _put_out(connection)
+    def _attended(self, connection: web.RequestHandler) -> None:
+        self._waiting.pop(connection, None)
+        timer = self._patience.pop(connection, None)
+        if timer is not None:
+            timer.cancel()
 
     def _attend(self) -> Callable[..., Awaitable[web.StreamResponse]]:
         @web.middleware
@@ -83,16 +138,11 @@ class Door(web.AppRunner):
             request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
         ) -> web.StreamResponse:
             connection = request.protocol
-            self._waiting.pop(connection, None)
+            self._attended(connection)
             try:
                 return await handler(request)
             finally:
-                if connection.transport is not None:
-                    self._waiting[connection] = False
+                if connection in self._connections:
+                    self._waiting[connection] = None
 
         return attend
-
-
-def _put_out(connection: web.RequestHandler) -> None:
-    if connection.transport is not None:
-        connection.transport.abort()

@@ -20,7 +20,7 @@ async def serve(app: web.Application, listen: str, *, key: str = "[server] liste
 
     The runner's `cleanup` ends it. Raises ConfigurationError, naming `key`, when nobody can listen there.
     """
-    runner = Door(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
+    runner = Door(app, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     try:
         host, port = host_and_port(listen)
