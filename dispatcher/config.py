@@ -306,6 +306,9 @@ class Secrets(Section, frozen=True):
     """How the secrets of webhooks are kept."""
 
     key_file: Annotated[str, Key("a path", path=True)] = ""  # as loaded: never empty; made by its user if missing
+    other_key_files: Annotated[
+        tuple[str, ...], Key("files that exist and can be read", lambda files: all(map(_FILE.check, files)), path=True)
+    ] = ()
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

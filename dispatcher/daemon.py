@@ -44,17 +44,20 @@ from dispatcher.store.sessions import SessionStore
 from dispatcher.store.vault import Vault, new_key
 from dispatcher.telemetry import Snapshot
 from dispatcher.web.api import build_api_app
+from dispatcher.web.door import CONNECTIONS_MAX
 from dispatcher.web.metrics import build_metrics_app
 from dispatcher.web.parts import Log, Operator, Send, Stores, Trial, Tried, Web
 from dispatcher.web.server import serve
 
 EMBEDDED_DIRECTORY: Final = "postgres"
-FILES_PER_REQUEST: Final = 2  # in flight and idle connections; the rest is small change
+FILES_PER_REQUEST: Final = 2  # in flight and idle connections
+OTHER_FILES: Final = 2 * CONNECTIONS_MAX + 256  # of two listeners; the rest is small change
 WAIT_S: Final = 1.0
 START_S: Final = 60.0  # granted by the service manager at every try: longer than a try and the start after it take
 READY_POLL_S: Final = 0.05
 STATUS_S: Final = 5.0
 SETTLE_S: Final = 10.0  # behind [delivery] drain_s: what was in flight is written down
+ROTATE: Final = "dispatcher keys rotate-master, when every daemon has the new key as its key_file"
 EXIT_NOW: Final = 130  # a second signal: at once, as a shell would report it
 
 log = structlog.get_logger("dispatcher.daemon")
@@ -108,7 +111,7 @@ async def _reach(config: Config, *, wait: bool) -> dict[str, str]:
 
 
 def open_vault(config: Config) -> Vault:
-    """The vault with the configured key; a key is made at the first start. Raises ConfigurationError."""
+    """The vault with the configured keys; a key is made at the first start. Raises ConfigurationError."""
     path = Path(config.secrets.key_file)
     try:
         if not path.exists():
@@ -117,31 +120,43 @@ def open_vault(config: Config) -> Vault:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(descriptor, "w") as file:
                     file.write(new_key().hex() + "\n")
-        text = path.read_text(encoding="ascii").strip()
-        return Vault(bytes.fromhex(text))
+    except OSError as error:
+        raise _no_key("key_file", path, error) from error
+    others = [_key_in(Path(other), "other_key_files") for other in config.secrets.other_key_files]
+    return Vault(_key_in(path, "key_file"), others)
+
+
+def _key_in(path: Path, name: str) -> bytes:
+    try:
+        return bytes.fromhex(path.read_text(encoding="ascii").strip())
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            [f"[secrets] key_file = {str(path)!r}: 64 hexadecimal digits expected: {error}"]
-        ) from error
+        raise _no_key(name, path, error) from error
+
+
+def _no_key(name: str, path: Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError([f"[secrets] {name} = {str(path)!r}: 64 hexadecimal digits expected: {error}"])
 
 
 async def _agree_on_key(config: Config, vault: Vault, known: str | None) -> None:
-    """Refuse a key other than the one this database's secrets are sealed with; the first daemon's becomes it."""
+    """Refuse keys without the one this database's secrets are sealed with; the first daemon's becomes it."""
     if known is None:
         connection = await connect(config.database.dsn, name="dispatcher start")
         try:
             known = await connection.fetchval(statements("shard")["claim_key"], vault.fingerprint)
         finally:
             await connection.close(timeout=5)
-    if known != vault.fingerprint:
+    if known not in vault.fingerprints:
         raise ConfigurationError(
             [
                 (
                     f"[secrets] key_file = {config.secrets.key_file!r}: the secrets in this database were sealed with "
-                    f"another key (fingerprint {known}, this one is {vault.fingerprint}); copy that key file here"
+                    f"another key (fingerprint {known}, this one is {vault.fingerprint}); copy that key file here, or "
+                    "name it in other_key_files if this one is to replace it"
                 )
             ]
         )
+    if known != vault.fingerprint:
+        log.warning("secrets.two_keys", sealed_with=known, key_file=vault.fingerprint, remedy=ROTATE)
 
 
 # -- the daemon
@@ -227,7 +242,7 @@ def tune() -> None:
 
 def files_wanted(config: Config) -> int:
     """How many descriptors a full load takes."""
-    return config.delivery.max_in_flight * FILES_PER_REQUEST + 256
+    return config.delivery.max_in_flight * FILES_PER_REQUEST + OTHER_FILES
 
 
 def raise_file_limit(config: Config) -> None:

@@ -243,9 +243,9 @@ def prune(config_file: Path | None, as_json: bool) -> None:
 
 @main.group()
 def keys() -> None:
-    """API keys of the accounts.
+    """API keys of the accounts, and the key that webhook secrets are sealed with.
 
-    A key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
+    An API key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
     """
 
 
@@ -335,6 +335,37 @@ def revoke_key(key_id: str, config_file: Path | None, as_json: bool) -> None:
         print_json(_key_fields(record))
     else:
         click.echo(f"revoked {record.id} of {record.account}")
+
+
+@keys.command(
+    "rotate-master",
+    epilog=examples(
+        "DISPATCHER_SECRETS_KEY_FILE=new.key DISPATCHER_SECRETS_OTHER_KEY_FILES=old.key dispatcher keys rotate-master"
+    ),
+)
+@config_option
+@json_option
+def rotate_master(config_file: Path | None, as_json: bool) -> None:
+    """Seal the secrets of all webhooks anew, with the key in [secrets] key_file.
+
+    They are opened with that key or with one in [secrets] other_key_files. Daemons may be running: each must know both
+    keys, and have the new one as its key_file. Safe to run twice; when it is done, the old key opens nothing any more.
+    """
+
+    async def act() -> int:
+        from dispatcher.daemon import open_vault
+        from dispatcher.store.resealing import reseal
+
+        async with _session(config_file) as (config, connection):
+            return await reseal(connection, open_vault(config))
+
+    resealed = _run(_mapped(act()))
+    if for_programs(as_json):
+        print_json({"resealed": resealed})
+    else:
+        click.echo(
+            f"sealed the secrets of {resealed} webhooks anew" if resealed else "nothing was sealed with another key"
+        )
 
 
 def _key_fields(record: Any) -> dict[str, Any]:

@@ -307,7 +307,7 @@ class Connection(asyncio.Protocol):
         if self._complete:
             return
         status = self._parser.get_status_code()  # type: ignore[union-attr]
-        if status < 200 and status != 101:  # which would be final, had anybody asked for another protocol
+        if 100 <= status < 200 and status != 101:  # which would be final, had anybody asked for another protocol
             self._interims += 1
         else:
             self._status = status

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from dispatcher.config import host_and_port
 from dispatcher.errors import ConfigurationError
+from dispatcher.web.door import Door
 
 SHUTDOWN_S: Final = 5.0
 """How long requests that are being answered may still take after the listener closed."""
@@ -24,7 +25,7 @@ async def serve(
     `sockets` that somebody else listens on already take the place of `listen`. The runner's `cleanup` ends it. Raises
     ConfigurationError, naming `key`, when nobody can listen there.
     """
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
+    runner = Door(app, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     try:
         if not sockets:

@@ -81,3 +81,7 @@ SELECT key, value FROM dispatcher.setting;
 -- The first daemon's key is the database's; whoever comes later learns which.
 INSERT INTO dispatcher.setting (key, value) VALUES ('key_fingerprint', $1)
 ON CONFLICT (key) DO UPDATE SET value = setting.value RETURNING value;
+
+-- name: change_key
+INSERT INTO dispatcher.setting (key, value) VALUES ('key_fingerprint', $1)
+ON CONFLICT (key) DO UPDATE SET value = excluded.value;
