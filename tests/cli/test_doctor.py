@@ -106,7 +106,7 @@ def test_a_low_file_limit_exits_1_and_names_the_number(shell: Shell) -> None:
     ended = Ended(process.returncode, out, err)
     assert ended.code == 1, err
     assert verdicts(ended)["file limit"] == "problem"
-    assert "LimitNOFILE=4256" in out
+    assert "LimitNOFILE=6256" in out  # 2 of 2,000 in flight, 2 listeners of 1,000, 256
 
 
 def test_a_database_that_is_away_exits_3_and_the_host_is_looked_at_anyway(shell: Shell) -> None:
