@@ -32,6 +32,7 @@ from dispatcher.cli.checkup.database import (
 from dispatcher.cli.checkup.findings import Finding, Verdict
 from dispatcher.cli.checkup.host import look_at_disk, look_at_key, look_at_ports, look_at_trust
 from dispatcher.config import Config, load
+from dispatcher.daemon import files_wanted
 from dispatcher.errors import DatabaseUnreachable
 from dispatcher.store.database import statements
 from dispatcher.store.vault import Vault
@@ -106,7 +107,7 @@ def test_a_low_file_limit_exits_1_and_names_the_number(shell: Shell) -> None:
     ended = Ended(process.returncode, out, err)
     assert ended.code == 1, err
     assert verdicts(ended)["file limit"] == "problem"
-    assert "LimitNOFILE=6256" in out  # 2 of 2,000 in flight, 2 listeners of 1,000, 256
+    assert f"LimitNOFILE={files_wanted(Config())}" in out
 
 
 def test_a_database_that_is_away_exits_3_and_the_host_is_looked_at_anyway(shell: Shell) -> None:
@@ -306,6 +307,11 @@ async def test_a_key_that_is_not_the_databases_is_a_problem(connection: asyncpg.
     key.write_text("1e" * 32)
     ill = {finding.subject: finding.verdict for finding in await look_at_schema(connection, config)}
     assert ill["key and database"] is Verdict.PROBLEM
+    older = key.with_name("older.key")
+    older.write_text(KEY)
+    config = configured(DISPATCHER_SECRETS_KEY_FILE=str(key), DISPATCHER_SECRETS_OTHER_KEY_FILES=str(older))
+    replaced = {finding.subject: finding.verdict for finding in await look_at_schema(connection, config)}
+    assert replaced["key and database"] is Verdict.OK, "while the key is being replaced"
 
 
 async def test_partitions_that_end_are_noticed(connection: asyncpg.Connection, key: Path) -> None:

@@ -524,7 +524,12 @@ def _own_xid(server: ModelPostgres, transaction: Transaction) -> list[Any]:
 @_reads("shard", "gauges")
 def _gauges(server: ModelPostgres, backend: Backend) -> list[Any]:
     oldest = min(server.pending, key=lambda key: key[1], default=None)
-    return [(max(server.seq, 1), None if oldest is None else server.pending[oldest][4])]
+    return [(max(server.seq, 1), None if oldest is None else server.pending[oldest][4], 1, 0)]
+
+
+@_reads("shard", "partitions_until")
+def _partitions_until(server: ModelPostgres, backend: Backend) -> list[Any]:
+    return []
 
 
 @_reads("shard", "heartbeat")

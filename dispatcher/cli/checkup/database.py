@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -215,26 +216,26 @@ async def look_at_schema(connection: Any, config: Config) -> list[Finding]:
     settings = dict(await connection.fetch(statements("shard")["settings"]))
     return [
         ok("schema", "the one that this program was written for"),
-        *_look_at_fingerprint(settings.get("key_fingerprint"), Path(config.secrets.key_file)),
+        *_look_at_fingerprint(settings.get("key_fingerprint"), config),
         await _look_at_daemons(connection),
         await _look_at_partitions(connection),
     ]
 
 
-def _look_at_fingerprint(known: str | None, path: Path) -> Iterator[Finding]:
+def _look_at_fingerprint(known: str | None, config: Config) -> Iterator[Finding]:
     if known is None:
         return
-    try:
-        ours = read_vault(path).fingerprint
-    except (OSError, ValueError, ConfigurationError):
-        ours = "none"
-    if ours == known:
+    ours = set()
+    for path in (config.secrets.key_file, *config.secrets.other_key_files):
+        with contextlib.suppress(OSError, ValueError, ConfigurationError):
+            ours.add(read_vault(Path(path)).fingerprint)
+    if known in ours:
         yield ok("key and database", "the secrets were encrypted with this key")
     else:
         yield problem(
             "key and database",
-            f"the secrets were encrypted with another key (fingerprint {known}, ours: {ours})",
-            f"copy that key file to {path}",
+            f"the secrets were encrypted with another key (fingerprint {known}, ours: {', '.join(ours) or 'none'})",
+            f"copy that key file to {config.secrets.key_file}",
         )
 
 

@@ -31,7 +31,7 @@ def look_at_host(config: Config, environ: Mapping[str, str]) -> list[Finding]:
     return [
         look_at_files(config),
         look_at_trust(config.network.ca_file),
-        look_at_key(Path(config.secrets.key_file), environ),
+        *(look_at_key(Path(path), environ) for path in (config.secrets.key_file, *config.secrets.other_key_files)),
         look_at_disk(Path(config.state.directory)),
         *look_at_ports(config),
     ]
