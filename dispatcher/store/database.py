@@ -56,7 +56,7 @@ _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 
 
 def raise_if_cancelled() -> None:
-    """For loops that survive TROUBLE: end if the task was cancelled, and a clean-up's failure took the place of that."""
+    """For loops that survive TROUBLE: end if the task was cancelled and a failing clean-up took the place of that."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
