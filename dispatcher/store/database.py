@@ -46,7 +46,6 @@ _ENGINE_SETTINGS: Final = {
     "enable_sort": "off",
     # A lost host is noticed by the server too, so that its session locks (the lease among them) come free.
     "client_connection_check_interval": "500ms",
-    "idle_session_timeout": "0",  # an engine with nothing to write is not gone
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
@@ -57,7 +56,7 @@ _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 
 
 def raise_if_cancelled() -> None:
-    """For loops that survive TROUBLE: end if the task was cancelled, and a clean-up's failure took its place."""
+    """For loops that survive TROUBLE: end if the task was cancelled and a failing clean-up took the place of that."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError

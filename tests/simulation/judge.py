@@ -1,11 +1,11 @@
-"""What must hold, judged from outside: by what is committed, what arrives at receivers, and what the engine says it holds.
+"""What must hold, judged from outside: by what is committed, what arrives, and what the engine says it holds.
 
     at every step       each delivery in memory has one owner, and the sums agree (conservation)
-    at every commit     the cursor passes nothing that is neither settled nor in a pending row; nothing is settled twice,
-                        nor logged twice; a pending row goes only with its settlement; no retry is due early
+    at every commit     the cursor passes nothing that is neither settled nor in a pending row; nothing is settled or
+                        logged twice; a pending row goes only with its settlement; no retry is due early
     at every request    window, `ordered`, rate limit, pause, due time, signature
-    at the end          everything committed is settled for every webhook subscribed at its commit, as its receiver knows;
-                        nothing is left anywhere; repeats stay within what crashes and take-overs had in their hands
+    at the end          everything committed is settled for every webhook subscribed at its commit, as its receiver
+                        knows; nothing is left anywhere; repeats stay within what crashes and take-overs had in hand
 
 A *reign* is what one process sends between two take-overs: the promises about concurrency and order are made by one
 owner at a time, and a daemon that does not know yet that it lost its shard is bounded by the duplicates it may cause.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 EARLY_S = 1e-3  # time stamps go through microseconds
 RATE_SLACK_S = 0.030  # late starts made up for, and the way to the receiver
-CALM_LATENCY_S = 2.0
+CALM_LATENCY_S = 5.0
 CALM_PAUSE_S = 1.0
 FINAL = {"delivered", "exhausted", "discarded"}
 Pair = tuple[int, int]  # endpoint id, event sequence
@@ -50,10 +50,8 @@ class Webhook:
         self.enabled_at = now
         self.paused_at: float | None = None
 
-    def wants(self, type: str) -> bool:
-        return any(
-            f == "*" or f == type or (f.endswith(".*") and type.startswith(f[:-1])) for f in self.events
-        )
+    def wants(self, kind: str) -> bool:
+        return any(f in {"*", kind} or (f.endswith(".*") and kind.startswith(f[:-1])) for f in self.events)
 
 
 class Judge(model_postgres.Watch, model_receivers.Watch):
@@ -232,7 +230,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         if ended and row[7] is not HELD:
             delay_s = self.webhooks[key[0]].settings.schedule_s[number - 1] * (1 - self.jitter)
             delay_s = max(delay_s, ended[-1].retry_after_s)
-            if row[7].timestamp() < ended[-1].done_wall + delay_s - EARLY_S:
+            if row[7].timestamp() < max(ended[-1].done_wall + delay_s, ended[-1].retry_at) - EARLY_S:
                 self.fail(f"{key} is due {row[7]}, earlier than {delay_s} s after attempt {number}")
 
     def _passed(self) -> None:
@@ -267,9 +265,9 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
                 key = (webhook.id, seq, 0)
                 born = server.endpoints.get(webhook.id)
                 if (
-                    born is None or not webhook.enabled or not webhook.wants(event.type) or seq in server.discarded_events
-                    or key in self.finals or self.committed_at[seq] < webhook.enabled_at
-                    or server.visible(event.xid, born["created_snapshot"])
+                    born is None or not webhook.enabled or not webhook.wants(event.type)
+                    or seq in server.discarded_events or key in self.finals
+                    or self.committed_at[seq] < webhook.enabled_at or server.visible(event.xid, born["created_snapshot"])
                 ):  # fmt: skip
                     continue
                 self.owed[key[:2]] = event
@@ -301,7 +299,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
             self.fail(f"{key} arrived and was never committed")
             return
         before = self.arrivals[key, arrival.attempt]
-        is_again = bool(before) and self._is_excused(before[-1], arrival)
+        is_again = self._is_excused(before, arrival)
         if name in self.fenced:
             self.allowance += 1  # what it sends before it knows is sent by its successor, too
         if before and not is_again:
@@ -333,11 +331,11 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         self.note("response", f"{found[0]}: event {found[1]}.{found[2]} attempt {arrival.attempt}: {arrival.status}")
 
     @staticmethod
-    def _is_excused(before: Arrival, arrival: Arrival) -> bool:
+    def _is_excused(before: list[Arrival], arrival: Arrival) -> bool:
         """The second try during a rotation, or after a connection that was perhaps stale: no attempt was counted."""
-        if before.reused and before.cut:
-            return True
-        return before.process is arrival.process and before.status in {401, 403}
+        own = [other for other in before if other.process is arrival.process]
+        is_second_try = bool(own) and own[-1].status in {401, 403}
+        return is_second_try or (bool(before) and before[-1].reused and before[-1].cut)
 
     def _judge_due(self, key: Key, arrival: Arrival) -> None:
         row = self.server.pending.get(key)

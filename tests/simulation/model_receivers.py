@@ -1,8 +1,8 @@
 """The subscribers, and the TCP between them and us: they answer, refuse, hang, lie, drip, die and come back.
 
-One receiver a webhook, at a port of its own on a virtual loopback. The engine's own transport and dialer talk to it: the
-event loop gives them sockets that lead here. What a receiver is like changes with time (`Mood`); what each request met
-is on record (`Arrival`), and `watch` hears of it at once.
+One receiver a webhook, at a port of its own on a virtual loopback. The engine's own transport and dialer talk to it:
+the event loop gives them sockets that lead here. What a receiver is like changes with time (`Mood`); what each request
+met is on record (`Arrival`), and `watch` hears of it at once.
 """
 
 from __future__ import annotations
@@ -53,8 +53,23 @@ class Arrival:
     """One request as a receiver saw it."""
 
     __slots__ = (
-        "attempt", "at", "by_legacy", "by_standard", "cut", "delivery_id", "done_at", "done_wall", "event_id", "place",
-        "process", "receiver", "retry_after_s", "reused", "status", "wall",
+        "at",
+        "attempt",
+        "by_legacy",
+        "by_standard",
+        "cut",
+        "delivery_id",
+        "done_at",
+        "done_wall",
+        "event_id",
+        "place",
+        "process",
+        "receiver",
+        "retry_after_s",
+        "retry_at",
+        "reused",
+        "status",
+        "wall",
         "wire",
     )  # fmt: skip
 
@@ -70,7 +85,7 @@ class Arrival:
         self.attempt = 0
         self.by_legacy = self.by_standard = -1  # number of the secret that signed; -1: none of ours
         self.status = 0  # sent in full; 0: not yet, or never
-        self.retry_after_s = 0.0
+        self.retry_after_s = self.retry_at = 0.0  # asked for: a wait, or a Unix time
         self.done_at: float | None = None  # when it was over for the client
         self.done_wall = 0.0
         self.cut = False  # closed without a byte
@@ -326,13 +341,13 @@ class Internet:
 
     def _drown(self, wire: Wire, arrival: Arrival, delay_s: float) -> None:
         wait_s = self.dice.choice((0, 1, 3, 8))
-        arrival.retry_after_s = float(wait_s)
         status = self.dice.choice((429, 503))
         if self.dice.random() < 0.5:
+            arrival.retry_after_s = float(wait_s)
             field = b"Retry-After: %d\r\n" % wait_s
         else:
             moment = datetime.fromtimestamp(int(self.wall() + delay_s) + wait_s, UTC)
-            arrival.retry_after_s = max(0.0, moment.timestamp() - self.wall() - delay_s - 2.0)
+            arrival.retry_at = moment.timestamp()
             field = moment.strftime("Retry-After: %a, %d %b %Y %H:%M:%S GMT\r\n").encode()
         self._respond(wire, delay_s, status, field)
 

@@ -1,11 +1,11 @@
 """A seeded world for the real engine: what happens in it, how it is run, and its history.
 
-A seed decides everything: the webhooks and what their receivers are like, who writes events when and for how long their
-transactions take, the way to the database, and the faults. For a while the world is unkind; then it heals, and everything
-must settle. Two runs of a seed have the same history, byte for byte.
+A seed decides everything: the webhooks and what their receivers are like, who writes events when and for how long
+their transactions take, the way to the database, and the faults. For a while the world is unkind; then it heals, and
+everything must settle. Two runs of a seed have the same history, byte for byte.
 
-What runs is `dispatcher.engine.engine.Engine` as it is, on a virtual event loop, with three things in place of the outside:
-`asyncpg.connect`, the loop's sockets, and the wall clock it is given.
+What runs is `dispatcher.engine.engine.Engine` as it is, on a virtual event loop, with three things in place of the
+outside: `asyncpg.connect`, the loop's sockets, and the wall clock it is given.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ HEALING_S: Final = 3600.0  # a world that has healed for so long and is not sett
 VAULT: Final = Vault(b"k" * 32)
 IDS: Final = DeliveryIds(b"1" * 16)
 GUARD: Final = Guard(["127.0.0.0/8"], allow_http=True)
+SLOW: Final = ("refill", "pull", "fetch", "flush", "first_page", "known", "registry", "take_over")
 TYPES: Final = ("a.one", "a.two", "b.one")
 _OUTSIDE: Final = contextvars.Context()
 
@@ -70,6 +71,8 @@ class Plan:
     max_in_flight: int = 2000
     safety_s: tuple[float, float] = (1.0, 5.0)
     is_durable: bool = True
+    slow: str = ""  # a statement that takes its time
+    failing: bool = False  # no receiver is well before the end
     jitter: float = 0.1
 
     @classmethod
@@ -90,10 +93,12 @@ class Plan:
         )
         if kind == "calm":
             plan.faults = dice.choice((0, 3))
-            plan.max_queued, plan.max_in_flight, plan.burst = 20_000, 2000, min(plan.burst, 30)
+            plan.max_queued, plan.max_in_flight = 20_000, 2000
             plan.page_rows, plan.safety_s = dice.choice((3, 500)), (1e6, 2e6)
         else:
             plan.faults = dice.randint(4, 16)
+            plan.slow = dice.choice(("", "", *SLOW))
+            plan.failing = dice.random() < 0.1
         plan.daemons = 2 if kind == "duel" or dice.random() < 0.2 else 1
         return plan
 
@@ -122,6 +127,7 @@ class Storm(Weather):
         self._world = world
         self._dice = dice
         self._calm = calm
+        self._slow = world.plan.slow
         self.stalled_until = 0.0
         self.down_until = 0.0
         self.ambush: tuple[str, str] | None = None  # statement, when
@@ -137,6 +143,8 @@ class Storm(Weather):
         return self._dice.uniform(0.001, 0.01) + self._stall()
 
     def there_s(self, connection: ModelConnection, statement: Statement) -> float:
+        if statement.name == self._slow and self._dice.random() < 0.5:
+            return self._dice.uniform(0.02, 0.8)
         return self._way() + self._stall()
 
     def work_s(self, statement: Statement) -> float:
@@ -144,7 +152,9 @@ class Storm(Weather):
             return self._dice.uniform(0.02, 1.0)
         return self._dice.uniform(0.0002, 0.003)
 
-    def back_s(self) -> float:
+    def back_s(self, statement: Statement | None = None) -> float:
+        if statement is not None and statement.name == self._slow and self._dice.random() < 0.5:
+            return self._dice.uniform(0.02, 0.8)
         return self._way()
 
     def linger_s(self) -> float:
@@ -295,7 +305,7 @@ class World:
             await self._create()
         self._schedule()
         for daemon in self.daemons:
-            self.start(daemon)
+            self._later(self.dice.choice((0.0, 0.0, 1.0)), self.start, daemon)
         await asyncio.sleep(self.plan.length_s)
         await self._heal()
         give_up_at = self.loop.now + HEALING_S
@@ -316,7 +326,9 @@ class World:
 
     def _is_idle(self) -> bool:
         """Whether somebody is active, and nobody active has anything to do."""
-        active = [daemon.engine for daemon in self.daemons if daemon.engine is not None and daemon.engine.role == "active"]
+        active = [
+            daemon.engine for daemon in self.daemons if daemon.engine is not None and daemon.engine.role == "active"
+        ]
         return bool(active) and not any(
             engine.deliverer.in_flight or engine.deliverer.lanes.queued or engine.ledger.buffered for engine in active
         )
@@ -354,7 +366,7 @@ class World:
     # ── daemons ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self, daemon: Daemon) -> None:
-        if self.over:
+        if self.over or daemon.task is not None:
             return
         daemon.starts += 1
         daemon.process = Process(f"d{daemon.number}.{daemon.starts}")
@@ -387,7 +399,7 @@ class World:
     def kill(self, daemon: Daemon) -> None:
         """SIGKILL: nothing of it runs any more."""
         process = daemon.process
-        if process.state is State.DEAD:
+        if daemon.task is None:
             return
         self.note("kill", str(daemon))
         self.judge.forgive(daemon)
@@ -458,11 +470,21 @@ class World:
             return
         transaction = self.server.begin()
         duration_s = dice.choice((0.0, 0.001, 0.02, 0.3, 3.0))
-        for _ in range(dice.choice((1, 1, 2, 5))):
+        self._emit(transaction)
+        for _ in range(dice.choice((0, 0, 1, 4))):
             self._later(dice.uniform(0, duration_s) if duration_s else 0.0, self._emit, transaction)
         self._later(duration_s, self._end, transaction, dice.random() < 0.1)
 
     def _burst(self, events: int) -> None:
+        """Enough at once to wake the reader, and others that write while it is awake and commit when it sleeps."""
+        if self.healed or self.weather.can_connect() is not None:
+            return
+        for _ in range(4):
+            self._later(self.dice.uniform(0.05, 0.13), self._produce)
+        for n in range(0, events, 10):
+            self._later(0.0005 * n, self._write_at_once, min(10, events - n))
+
+    def _write_at_once(self, events: int) -> None:
         transaction = self.server.begin()
         for _ in range(events):
             self._emit(transaction)
@@ -538,7 +560,7 @@ class World:
         self.server.crash(reuse_ids=self.dice.random() < 0.7, lose_unsaved=self.dice.random() < 0.7)
 
     def _evict(self) -> None:
-        """The owner's listener is cut off, while the owner itself is perhaps not even awake: another daemon takes over."""
+        """The owner's listener is cut off, and perhaps the owner is not even awake: another daemon takes over."""
         for lease in list(self.server.leases.values()):
             self.note("evict", f"{lease} of {lease.owner}")
             lease.end()
@@ -670,6 +692,7 @@ class World:
         ordered = dice.random() < 0.3
         rate_limit = dice.choice((5.0, 20.0)) if dice.random() < 0.15 else None
         calm = self.plan.kind == "calm"
+        receiver.mood = Mood.BROKEN if self.plan.failing else Mood.WELL
         receiver.closes_idle = 0.0 if calm else dice.choice((0.0, 0.3))
         if rate_limit is not None:
             receiver.closes_idle = 0.0
