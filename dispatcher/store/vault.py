@@ -77,5 +77,5 @@ def _cipher(key: bytes) -> tuple[AESGCM, str]:
 def _opened(cipher: AESGCM, sealed: bytes, owner: str) -> str | None:
     try:
         return cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], owner.encode()).decode()
-    except InvalidTag:
+    except (InvalidTag, ValueError):  # too short to hold a nonce, or no text
         return None
