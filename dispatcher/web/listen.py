@@ -29,6 +29,7 @@ import structlog
 from aiohttp import web
 
 from dispatcher.core.rendering import Payload
+from dispatcher.core.routing import fits
 from dispatcher.errors import Undeliverable
 from dispatcher.model import BodyStyle, DeliveryKey
 from dispatcher.store.accounts import KeyOwner
@@ -111,7 +112,7 @@ class Listener:
 
     def wants(self, row: Row) -> bool:
         """Whether it asked for this."""
-        return row.account == self.account and any(_fits(row.type, one) for one in self._filters)
+        return row.account == self.account and any(fits(row.type, one) for one in self._filters)
 
     def offer(self, message: Message) -> None:
         """Take a message, or end for having too many."""
@@ -391,10 +392,6 @@ class Listen:
 async def _write(response: web.StreamResponse, text: bytes) -> None:
     async with asyncio.timeout(WRITE_S):
         await response.write(text)
-
-
-def _fits(event_type: str, wanted: str) -> bool:
-    return wanted in {"*", event_type} or (wanted.endswith(".*") and event_type.startswith(wanted[:-1]))
 
 
 def _weight(message: Message) -> int:
