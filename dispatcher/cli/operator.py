@@ -163,12 +163,19 @@ def demo(once: bool, port: int | None, as_json: bool) -> None:
 )
 @click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
-def check_config(file: Path | None, as_json: bool) -> None:
+@click.option("--reference", "as_reference", is_flag=True, help="Print what every key is and means, as Markdown.")
+@click.option("--example", "as_example", is_flag=True, help="Print a file with every key at its default.")
+def check_config(file: Path | None, as_json: bool, as_reference: bool, as_example: bool) -> None:
     """Print the configuration in effect, or every mistake in it.
 
     Each key is printed with the value it has from file, environment or default; secrets are masked. A mistake is told
     with key, value and what was expected, and the exit code is 2.
     """
+    if as_reference or as_example:
+        from dispatcher.cli.reference import example, reference
+
+        click.echo(reference() if as_reference else example(), nl=False)
+        return
     config = _configuration(file)
     if config.events.catalogue:
         from dispatcher.daemon import catalogue_of
@@ -236,9 +243,9 @@ def prune(config_file: Path | None, as_json: bool) -> None:
 
 @main.group()
 def keys() -> None:
-    """API keys of the accounts.
+    """API keys of the accounts, and the key that webhook secrets are sealed with.
 
-    A key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
+    An API key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
     """
 
 
@@ -328,6 +335,37 @@ def revoke_key(key_id: str, config_file: Path | None, as_json: bool) -> None:
         print_json(_key_fields(record))
     else:
         click.echo(f"revoked {record.id} of {record.account}")
+
+
+@keys.command(
+    "rotate-master",
+    epilog=examples(
+        "DISPATCHER_SECRETS_KEY_FILE=new.key DISPATCHER_SECRETS_OTHER_KEY_FILES=old.key dispatcher keys rotate-master"
+    ),
+)
+@config_option
+@json_option
+def rotate_master(config_file: Path | None, as_json: bool) -> None:
+    """Seal the secrets of all webhooks anew, with the key in [secrets] key_file.
+
+    They are opened with that key or with one in [secrets] other_key_files. Daemons may be running: each must know both
+    keys, and have the new one as its key_file. Safe to run twice; when it is done, the old key opens nothing any more.
+    """
+
+    async def act() -> int:
+        from dispatcher.daemon import open_vault
+        from dispatcher.store.resealing import reseal
+
+        async with _session(config_file) as (config, connection):
+            return await reseal(connection, open_vault(config))
+
+    resealed = _run(_mapped(act()))
+    if for_programs(as_json):
+        print_json({"resealed": resealed})
+    else:
+        click.echo(
+            f"sealed the secrets of {resealed} webhooks anew" if resealed else "nothing was sealed with another key"
+        )
 
 
 def _key_fields(record: Any) -> dict[str, Any]:
@@ -449,6 +487,26 @@ def completion(shell: str) -> None:
     from dispatcher.cli.completing import script
 
     click.echo(script(main, "dispatcher", shell))
+
+
+@main.command(
+    epilog=examples("dispatcher doctor", "dispatcher doctor --json | jq '.findings[] | select(.verdict != \"ok\")'")
+)
+@config_option
+@json_option
+def doctor(config_file: Path | None, as_json: bool) -> None:
+    """Look at everything that has to be right here, and say what to change.
+
+    Clock, file limits, trust store, secrets key, disk and ports of this host; version, settings, connections and
+    poolers of the database; schema, key, daemons and partitions in it. Changes nothing.
+
+    Exit codes: 0 all is well, though there may be advice; 1 there is a problem; 2 the configuration is wrong; 3 the
+    database cannot be reached.
+    """
+    from dispatcher.cli.doctor import examine, show
+
+    findings, reached = _run(examine(_configuration(config_file, quiet=True)))
+    click.get_current_context().exit(show(findings, reached=reached, as_json=for_programs(as_json)))
 
 
 # ── what the commands share ────────────────────────────────────────────────────────────────────────────────────────

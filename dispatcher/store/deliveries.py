@@ -20,13 +20,14 @@ from typing import Any, Final
 
 import msgspec
 
-from dispatcher.model import DeliveryKey, DeliveryState, EndpointId
+from dispatcher.model import DeliveryKey, DeliveryState, EndpointId, EndpointStatus
 from dispatcher.store.database import statements
 from dispatcher.store.events import DATA_BYTES_MAX
 
 CHUNK_ROWS: Final = 500  # looked at in one statement where a filter may pass most of them over
 LOOK_MAX: Final = 5000  # rows one listing looks at: about 50 ms
 OF_EVENT_MAX: Final = 1000  # rows about one event at one webhook; each replay adds a few
+EVENT_SHOWN_MAX: Final = 200  # deliveries of one event at all webhooks
 ATTEMPTS_MAX: Final = 200  # of one delivery: no schedule has as many
 STATS_ROWS_MAX: Final = 50_000  # ≈ 100 ms from memory
 
@@ -89,6 +90,15 @@ class DeliveryRecord(msgspec.Struct, frozen=True, kw_only=True):
     event_id: str | None = None
     event_type: str | None = None
     created_at: datetime | None = None  # when its event was written
+
+
+class EventDelivery(msgspec.Struct, frozen=True, kw_only=True):
+    """A delivery of an event that is at hand already, and the webhook it goes to."""
+
+    record: DeliveryRecord
+    webhook_id: str
+    url: str
+    webhook_status: EndpointStatus
 
 
 class DeliveryPage(msgspec.Struct, frozen=True):
@@ -261,6 +271,20 @@ class DeliveryStore:
         if before is not None:
             found = [record for record in found if before < record.place]
         return _page(found[:limit], found[limit - 1].place if len(found) > limit else None, before)
+
+    async def everywhere(self, account_id: int, account: str, event_id: str) -> list[EventDelivery]:
+        """The deliveries of one event at all of an account's webhooks, EVENT_SHOWN_MAX at most, the latest in front."""
+        seqs = [row["seq"] for row in await self._db.fetch(self._sql["seqs"], account, event_id)]
+        rows = await self._db.fetch(self._sql["everywhere"], account_id, seqs, EVENT_SHOWN_MAX) if seqs else []
+        return [
+            EventDelivery(
+                record=_record(row["endpoint_id"], row, None),
+                webhook_id=row["webhook_id"],
+                url=row["url"],
+                webhook_status=EndpointStatus(row["webhook_status"]),
+            )
+            for row in rows
+        ]
 
     # -- one
 

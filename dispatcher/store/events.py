@@ -97,12 +97,18 @@ class EventStore:
         after: str | None = None,
         before: str | None = None,
         type: str | None = None,  # noqa: A002
+        discarded: bool = False,
     ) -> EventPage:
-        """Newest first, `limit` at most: those older than the id `after`, or the nearest newer than the id `before`."""
+        """Newest first, `limit` at most: those older than the id `after`, or the nearest newer than the id `before`.
+
+        `type` and `discarded` pick some of them.
+        """
         statement = "list_after" if before is None else "list_before"
         start = after or before or _NEWEST
-        look = limit + 1 if type is None else self._look_max
-        rows = await self._db.fetch(self._sql[statement], account, start, limit + 1, look, type, DATA_BYTES_MAX)
+        look = self._look_max if type is not None or discarded else limit + 1
+        rows = await self._db.fetch(
+            self._sql[statement], account, start, limit + 1, look, type, DATA_BYTES_MAX, discarded
+        )
         looked, looked_to = rows[0]["looked"], rows[0]["looked_to"]
         events = [_record(row) for row in rows if row["id"] is not None]
         reached: str | None = looked_to if looked == look else None

@@ -16,9 +16,10 @@ from typing import Final
 from aiohttp import web
 
 from dispatcher.model import DeliveryState, Result
+from dispatcher.store.accounts import KeyOwner
 from dispatcher.store.deliveries import DeliveryDetail
 from dispatcher.store.endpoints import EndpointRecord
-from dispatcher.web.answers import answer, no_query, page, wanted
+from dispatcher.web.answers import Wanted, answer, no_query, page, wanted
 from dispatcher.web.asked import ID, WEBHOOK, nothing_said
 from dispatcher.web.auth import caller
 from dispatcher.web.chronicle import Chronicle, DeliveryAnswer, DeliveryDetailAnswer, filter_of
@@ -26,6 +27,7 @@ from dispatcher.web.openapi import PAGE, Answer, PageOf, Parameter, operation
 from dispatcher.web.parts import Log, Web
 from dispatcher.web.problems import not_found
 
+FILTERS: Final = ("status", "type", "since", "until", "status_class", "event_id")
 _DATE_TIME: Final = {"type": "string", "format": "date-time"}
 _FILTERS: Final = (
     Parameter("status", "Only in this state.", {"enum": [state.value for state in DeliveryState]}),
@@ -56,24 +58,22 @@ class Deliveries:
     @operation("Deliveries", parameters=[*PAGE, *_FILTERS], answers={200: PageOf(DeliveryAnswer)})
     async def browse(self, request: web.Request) -> web.Response:
         """A webhook's deliveries; filters by status, type, since, until, status_class and event_id."""
-        part = wanted(request, "status", "type", "since", "until", "status_class", "event_id")
-        chosen = filter_of(part.filters)
-        owner = caller(request)
-        webhook_id = request.match_info["id"]
+        part = wanted(request, *FILTERS)
+        return page(*await self.listed(caller(request), request.match_info["id"], part))
+
+    async def listed(self, owner: KeyOwner, webhook_id: str, part: Wanted) -> tuple[list[DeliveryAnswer], str | None]:
+        """A part of a webhook's list, and the cursor to go on from. Raises Problem."""
+        chosen, told = filter_of(part.filters), self._chronicle
         endpoint_id = await self._log.deliveries.endpoint(owner.account_id, webhook_id)
         if endpoint_id is None:
             raise not_found("webhook")
-        told = self._chronicle
+        after = await told.place(owner.account_id, endpoint_id, "after", part.after)
+        before = await told.place(owner.account_id, endpoint_id, "before", part.before)
         found = await self._log.deliveries.browse(
-            endpoint_id,
-            owner.account,
-            chosen,
-            limit=part.limit,
-            after=await told.place(owner.account_id, endpoint_id, "after", part.after),
-            before=await told.place(owner.account_id, endpoint_id, "before", part.before),
+            endpoint_id, owner.account, chosen, limit=part.limit, after=after, before=before
         )
         cursor = None if found.reached is None else told.cursor(endpoint_id, found.reached)
-        return page([told.line(record, webhook_id) for record in found.deliveries], cursor)
+        return [told.line(record, webhook_id) for record in found.deliveries], cursor
 
     @operation("Deliveries", answers={200: DeliveryDetailAnswer})
     async def get(self, request: web.Request) -> web.Response:

@@ -23,7 +23,7 @@ from dispatcher.store.replays import RUNNING_MAX, Choice, ReplayRecord, ReplaySt
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
 from dispatcher.web.asked import A_MOMENT, WEBHOOK, read_moment
 from dispatcher.web.auth import caller
-from dispatcher.web.bodies import expecting, read_body
+from dispatcher.web.bodies import Check, expecting, read_body
 from dispatcher.web.openapi import PAGE, Answer, PageOf, operation
 from dispatcher.web.parts import Log, Web
 from dispatcher.web.problems import FieldError, Problem, invalid, not_found
@@ -98,34 +98,28 @@ class Replays:
     async def create(self, request: web.Request) -> web.Response:
         """Begin a replay: 202 with it. With dry_run, count: 200."""
         no_query(request)
-        body = await read_body(request, NewReplay, {"since": _since, "until": _until, "types": _check_types})
-        endpoint_id = await self._endpoint(request)
-        choice = _choice(body)
-        if body.dry_run:
-            return await self._preview(endpoint_id, choice)
-        record = await self._log.replays.create(endpoint_id, choice)
-        if record is None:
-            raise await self._refusal(request)
-        webhook_id = request.match_info["id"]
-        location = {"Location": f"/v1/webhooks/{webhook_id}/replays/{record.id}"}
-        return answer(shown(record, webhook_id), 202, location)
+        body = await read_body(request, NewReplay, CHECKS)
+        found = await self.begin(caller(request).account_id, request.match_info["id"], body)
+        if isinstance(found, PreviewAnswer):
+            return answer(found)
+        return answer(found, 202, {"Location": f"/v1/webhooks/{found.webhook_id}/replays/{found.id}"})
 
     @operation("Deliveries", answers={200: ReplayAnswer})
     async def get(self, request: web.Request) -> web.Response:
         """A replay and how far it has come."""
         no_query(request)
-        record = await self._log.replays.get(await self._endpoint(request), request.match_info["job"])
+        account_id, webhook_id = caller(request).account_id, request.match_info["id"]
+        record = await self._log.replays.get(await self._endpoint(account_id, webhook_id), request.match_info["job"])
         if record is None:
             raise not_found("replay")
-        return answer(shown(record, request.match_info["id"]))
+        return answer(shown(record, webhook_id))
 
     @operation("Deliveries", parameters=PAGE, answers={200: PageOf(ReplayAnswer)})
     async def browse(self, request: web.Request) -> web.Response:
         """A webhook's replays, newest first."""
         part = wanted(request)
-        found = await self._log.replays.browse(
-            await self._endpoint(request), limit=part.limit + 1, after=part.after, before=part.before
-        )
+        endpoint_id = await self._endpoint(caller(request).account_id, request.match_info["id"])
+        found = await self._log.replays.browse(endpoint_id, limit=part.limit + 1, after=part.after, before=part.before)
         records, next_cursor = cut(found, part)
         return page([shown(record, request.match_info["id"]) for record in records], next_cursor)
 
@@ -136,27 +130,37 @@ class Replays:
         One of which everything was sent already stays as it is.
         """
         no_query(request)
-        record = await self._log.replays.cancel(await self._endpoint(request), request.match_info["job"], CANCELLED)
+        endpoint_id = await self._endpoint(caller(request).account_id, request.match_info["id"])
+        record = await self._log.replays.cancel(endpoint_id, request.match_info["job"], CANCELLED)
         if record is None:
             raise not_found("replay")
         return answer(shown(record, request.match_info["id"]))
 
-    async def _preview(self, endpoint_id: EndpointId, choice: Choice) -> web.Response:
+    async def begin(self, account_id: int, webhook_id: str, body: NewReplay) -> ReplayAnswer | PreviewAnswer:
+        """Do what a body that was checked asks for. Raises Problem."""
+        endpoint_id = await self._endpoint(account_id, webhook_id)
+        choice = _choice(body)
+        if body.dry_run:
+            return await self._preview(endpoint_id, choice)
+        record = await self._log.replays.create(endpoint_id, choice)
+        if record is None:
+            raise await self._refusal(account_id, webhook_id)
+        return shown(record, webhook_id)
+
+    async def _preview(self, endpoint_id: EndpointId, choice: Choice) -> PreviewAnswer:
         found = await self._log.replays.preview(endpoint_id, choice)
         if found is None:
             raise not_found("webhook")
-        return answer(
-            PreviewAnswer(dry_run=True, count=found.count, is_lower_bound=not found.is_whole, looked=found.looked)
-        )
+        return PreviewAnswer(dry_run=True, count=found.count, is_lower_bound=not found.is_whole, looked=found.looked)
 
-    async def _endpoint(self, request: web.Request) -> EndpointId:
-        found = await self._log.deliveries.endpoint(caller(request).account_id, request.match_info["id"])
+    async def _endpoint(self, account_id: int, webhook_id: str) -> EndpointId:
+        found = await self._log.deliveries.endpoint(account_id, webhook_id)
         if found is None:
             raise not_found("webhook")
         return found
 
-    async def _refusal(self, request: web.Request) -> Problem:
-        webhook = await self._web.endpoints.get(caller(request).account_id, request.match_info["id"])
+    async def _refusal(self, account_id: int, webhook_id: str) -> Problem:
+        webhook = await self._web.endpoints.get(account_id, webhook_id)
         if webhook is None:
             return not_found("webhook")
         if webhook.status is EndpointStatus.DISABLED:
@@ -225,3 +229,7 @@ def _check_types(types: list[str]) -> Iterator[FieldError]:
     for place, name in enumerate(types):
         if not valid_filter(name):
             yield FieldError(f"types[{place}]", 'expected a type like "email.delivered", or a prefix like "email.*"')
+
+
+CHECKS: Final[dict[str, Check]] = {"since": _since, "until": _until, "types": _check_types}
+"""What is wrong with a body beyond its types."""

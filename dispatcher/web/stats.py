@@ -89,31 +89,34 @@ class StatsOf:
     @operation("Webhooks", parameters=[_WINDOW], answers={200: StatsAnswer})
     async def get(self, request: web.Request) -> web.Response:
         """A webhook's last 24 hours, or another `window` like 15m, 7d."""
-        window, window_s = _window(request)
-        webhook_id = request.match_info["id"]
-        endpoint_id = await self._log.deliveries.endpoint(caller(request).account_id, webhook_id)
+        check_query(request, "window")
+        window = request.query.get("window", WINDOW)
+        return answer(await self.tell(caller(request).account_id, request.match_info["id"], window))
+
+    async def tell(self, account_id: int, webhook_id: str, window: str) -> StatsAnswer:
+        """A webhook's stats. Raises Problem when there is no such webhook, or that is no window."""
+        window_s = _seconds(window)
+        endpoint_id = await self._log.deliveries.endpoint(account_id, webhook_id)
         if endpoint_id is None:
             raise not_found("webhook")
         until = datetime.now(UTC)
         since, bucket = until - timedelta(seconds=window_s), bucket_of(window_s)
         found = await self._log.deliveries.stats(endpoint_id, since, until, bucket)
         begin = found.oldest or since
-        return answer(
-            StatsAnswer(
-                webhook_id=webhook_id,
-                window=window,
-                since=moment(begin),
-                until=moment(until),
-                complete=found.oldest is None,
-                attempts=found.whole.attempts,
-                attempts_by_result=found.results,
-                retrying=found.whole.retrying,
-                deliveries=Deliveries(found.whole.delivered, found.whole.exhausted, found.whole.discarded),
-                success_rate=_rate(found.whole),
-                latency_ms=_latency(found.whole),
-                bucket_s=int(bucket.total_seconds()),
-                buckets=_buckets(found, begin, until, bucket),
-            )
+        return StatsAnswer(
+            webhook_id=webhook_id,
+            window=window,
+            since=moment(begin),
+            until=moment(until),
+            complete=found.oldest is None,
+            attempts=found.whole.attempts,
+            attempts_by_result=found.results,
+            retrying=found.whole.retrying,
+            deliveries=Deliveries(found.whole.delivered, found.whole.exhausted, found.whole.discarded),
+            success_rate=_rate(found.whole),
+            latency_ms=_latency(found.whole),
+            bucket_s=int(bucket.total_seconds()),
+            buckets=_buckets(found, begin, until, bucket),
         )
 
 
@@ -122,16 +125,14 @@ def bucket_of(window_s: float) -> timedelta:
     return timedelta(seconds=next(length for length in BUCKETS_S if length * (BUCKETS_MAX - 1) >= window_s))
 
 
-def _window(request: web.Request) -> tuple[str, float]:
-    check_query(request, "window")
-    text = request.query.get("window", WINDOW)
+def _seconds(window: str) -> float:
     try:
-        window_s = parse_duration(text)
+        window_s = parse_duration(window)
     except ValueError:
         window_s = 0.0
     if not WINDOW_MIN_S <= window_s <= WINDOW_MAX_S:
         raise invalid([FieldError("window", "expected a duration from 1m to 30d, like 24h")])
-    return text, window_s
+    return window_s
 
 
 def _buckets(found: Stats, since: datetime, until: datetime, bucket: timedelta) -> list[Bucket]:

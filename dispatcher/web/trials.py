@@ -29,7 +29,7 @@ from dispatcher.model import BodyStyle, Endpoint, EndpointStatus, new_id
 from dispatcher.web.answers import answer, no_query
 from dispatcher.web.asked import WEBHOOK, read_optional_body
 from dispatcher.web.auth import caller
-from dispatcher.web.bodies import expecting
+from dispatcher.web.bodies import Check, expecting
 from dispatcher.web.chronicle import as_object, headers_of, readable
 from dispatcher.web.openapi import operation
 from dispatcher.web.parts import Log, Trial, Tried, Web
@@ -101,10 +101,12 @@ class Trials:
     async def create(self, request: web.Request) -> web.Response:
         """Send now, and tell what happened: 200 whatever it was."""
         no_query(request)
-        body = await read_optional_body(request, NewTrial, {"type": _check_type})
-        endpoint = await self._web.endpoints.endpoint(
-            caller(request).account_id, request.match_info["id"], self._web.defaults
-        )
+        body = await read_optional_body(request, NewTrial, CHECKS)
+        return answer(await self.run(caller(request).account_id, request.match_info["id"], body))
+
+    async def run(self, account_id: int, webhook_id: str, body: NewTrial) -> TrialAnswer:
+        """Send a test that was checked. Raises Problem when there is no such webhook, or nothing to send, or no way."""
+        endpoint = await self._web.endpoints.endpoint(account_id, webhook_id, self._web.defaults)
         if endpoint is None:
             raise not_found("webhook")
         if not is_rotating(endpoint):
@@ -118,11 +120,11 @@ class Trials:
             tries = await self._try(endpoint, payload)
         finally:
             self._under_way -= 1
-        return answer(_shown(endpoint, payload, tries))
+        return _shown(endpoint, payload, tries)
 
     def _payload(self, endpoint: Endpoint, body: NewTrial) -> Payload:
         """The event to send. Raises Problem for what no webhook could be sent."""
-        kind = body.type if isinstance(body.type, str) else self._usual_type(endpoint)
+        kind = body.type if isinstance(body.type, str) else self.usual_type(endpoint)
         known = self._web.catalogue.get(kind)
         if not isinstance(body.data, UnsetType):
             data = bytes(body.data)
@@ -138,7 +140,7 @@ class Trials:
             raise invalid([FieldError("data", str(reason))]) from None
         return Payload(new_id("evt_", time.time(), secrets.token_bytes(10)), kind, datetime.now(UTC), data)
 
-    def _usual_type(self, endpoint: Endpoint) -> str:
+    def usual_type(self, endpoint: Endpoint) -> str:
         """The first type of the catalogue that this webhook asks for; of those it does not, the first."""
         asks = Registry([dataclasses.replace(endpoint, status=EndpointStatus.ACTIVE)], 0)
         names = self._web.catalogue.names()
@@ -220,3 +222,7 @@ def _try_shown(trial: Trial, tried: Tried) -> TryAnswer:
 def _check_type(text: str) -> Iterator[FieldError]:
     if not is_type(text):
         yield FieldError("type", 'expected an event type, like "email.delivered"')
+
+
+CHECKS: Final[dict[str, Check]] = {"type": _check_type}
+"""What is wrong with a body beyond its types."""

@@ -24,7 +24,7 @@ from dispatcher.core.backoff import PRESETS, RETRIES_MAX, format_duration, parse
 from dispatcher.core.headers import HEADERS_MAX, HeadersRefused, check_headers
 from dispatcher.core.signing import new_secret
 from dispatcher.errors import AddressRefused
-from dispatcher.model import BodyStyle, EndpointStatus
+from dispatcher.model import BodyStyle, Discreet, EndpointStatus
 from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, EndpointRecord
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
 from dispatcher.web.asked import WEBHOOK, nothing_said, read_optional_body
@@ -65,7 +65,7 @@ _EVENTS: Final = expecting(f'a list of 1 to {EVENTS_MAX} event types, like ["ema
 Events = Annotated[list[str], Meta(min_length=1, max_length=EVENTS_MAX)]
 
 
-class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Settings(Discreet, msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What a call may say about a webhook. Null resets a setting to its default; a secret of null means unsigned."""
 
     secret: Annotated[
@@ -114,7 +114,7 @@ class WebhookPatch(Settings, kw_only=True, forbid_unknown_fields=True):
     events: Annotated[Events | UnsetType, _EVENTS] = UNSET
 
 
-class Rotation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Rotation(Discreet, msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body of POST …/rotate-secret: nothing of it is needed. A grace of 0 ends the old secret at once."""
 
     secret: Annotated[
@@ -126,7 +126,7 @@ class Rotation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ] = GRACE_S
 
 
-class WebhookAnswer(msgspec.Struct, kw_only=True):
+class WebhookAnswer(Discreet, msgspec.Struct, kw_only=True):
     """A webhook as its owner reads it. `secret` is there only when it was just made."""
 
     id: str
@@ -151,7 +151,7 @@ class WebhookAnswer(msgspec.Struct, kw_only=True):
     last_error: str | None
 
 
-class SecretAnswer(msgspec.Struct, kw_only=True):
+class SecretAnswer(Discreet, msgspec.Struct, kw_only=True):
     """What a webhook's requests are signed with; null when they are not."""
 
     secret: str | None

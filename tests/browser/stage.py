@@ -84,7 +84,9 @@ class Stage:
 
     async def webhook(self, path: str = "/ok", **settings: Any) -> dict[str, Any]:
         """A webhook of the subscriber's."""
-        return dict(await self.api("POST", "/webhooks", {"url": self.subscriber.url + path, "events": ["*"], **settings}))
+        return dict(
+            await self.api("POST", "/webhooks", {"url": self.subscriber.url + path, "events": ["*"], **settings})
+        )
 
     async def emit(self, type_: str = "email.delivered", data: str = '{"email_id": "msg_def456"}') -> str:
         """An event by SQL, as an application writes it."""

@@ -29,7 +29,9 @@ FROM (SELECT count(*) AS looked, min(id) AS id FROM looked) AS reached LEFT JOIN
            CASE WHEN o.created_at >= '0002-01-01' AND o.created_at < '9999-01-01' THEN o.created_at END AS created_at,
            CASE WHEN octet_length(o.data::text) <= $6::integer THEN o.data END AS data,
            (SELECT x.reason FROM dispatcher.discarded_event x WHERE x.event_seq = o.seq) AS reason
-    FROM (SELECT * FROM looked WHERE $5::text IS NULL OR type = $5 ORDER BY id DESC LIMIT $3::integer) AS o
+    FROM (SELECT * FROM looked WHERE ($5::text IS NULL OR type = $5)
+            AND (NOT $7::boolean OR (SELECT true FROM dispatcher.discarded_event x WHERE x.event_seq = looked.seq))
+          ORDER BY id DESC LIMIT $3::integer) AS o
 ) AS page ON true ORDER BY page.id DESC;
 
 -- name: list_before
@@ -44,5 +46,7 @@ FROM (SELECT count(*) AS looked, max(id) AS id FROM looked) AS reached LEFT JOIN
            CASE WHEN o.created_at >= '0002-01-01' AND o.created_at < '9999-01-01' THEN o.created_at END AS created_at,
            CASE WHEN octet_length(o.data::text) <= $6::integer THEN o.data END AS data,
            (SELECT x.reason FROM dispatcher.discarded_event x WHERE x.event_seq = o.seq) AS reason
-    FROM (SELECT * FROM looked WHERE $5::text IS NULL OR type = $5 ORDER BY id LIMIT $3::integer) AS o
+    FROM (SELECT * FROM looked WHERE ($5::text IS NULL OR type = $5)
+            AND (NOT $7::boolean OR (SELECT true FROM dispatcher.discarded_event x WHERE x.event_seq = looked.seq))
+          ORDER BY id LIMIT $3::integer) AS o
 ) AS page ON true ORDER BY page.id;

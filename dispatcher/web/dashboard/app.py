@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Final
+from typing import Final, Protocol
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -13,15 +13,25 @@ from dispatcher.web.boundary import problem_of
 from dispatcher.web.dashboard.assets import Assets
 from dispatcher.web.dashboard.deliveries import DeliveryPages
 from dispatcher.web.dashboard.desk import Desk
+from dispatcher.web.dashboard.events import EventPages
 from dispatcher.web.dashboard.live import Live
+from dispatcher.web.dashboard.operator import OperatorPages
 from dispatcher.web.dashboard.overview import Overview
 from dispatcher.web.dashboard.rendering import Templates
 from dispatcher.web.dashboard.signin import SignIn
+from dispatcher.web.dashboard.types import TypePages
 from dispatcher.web.dashboard.visits import Door
 from dispatcher.web.parts import Log, Stores, Web
 from dispatcher.web.problems import Problem
 
 PROGRAMS: Final = ("/v1", "/docs", "/openapi.json")  # what is said there is said in JSON
+
+
+class Pages(Protocol):
+    """What serves some pages."""
+
+    def routes(self) -> list[web.RouteDef]:
+        """Paths of the whole listener."""
 
 
 class Dashboard:
@@ -34,7 +44,16 @@ class Dashboard:
         )
         self._assets = assets
         self._live = Live(self._desk)
-        self._pages = (SignIn(self._desk), Overview(self._desk), DeliveryPages(self._desk), self._live)
+        self._pages: list[Pages] = [
+            SignIn(self._desk),
+            Overview(self._desk),
+            DeliveryPages(self._desk),
+            EventPages(self._desk),
+            TypePages(self._desk),
+            self._live,
+        ]
+        if parts.operator is not None:
+            self._pages.append(OperatorPages(self._desk, parts.operator))
 
     def routes(self) -> list[web.RouteDef]:
         """Paths of the whole listener."""

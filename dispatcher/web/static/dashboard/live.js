@@ -1,6 +1,7 @@
 // Live pages. The server says that something changed; the page is fetched once more, and what is marked `data-live` is
 // replaced where it differs. So there is one way to render anything, and it is the server's.
 
+import { hold } from "./held.js";
 import { spell } from "./times.js";
 
 const BETWEEN_MS = 1000; // two looks
@@ -12,6 +13,8 @@ let lastLook = 0;
 
 /** Follow the account's changes while somebody looks. */
 export function live() {
+  const { liveEvery } = document.querySelector("main").dataset;
+  if (liveEvery) setInterval(() => document.hidden || look(), liveEvery * 1000); // nobody tells these pages of changes
   if (!document.querySelector("main[data-live-page]") || !document.querySelector("[data-live]")) return;
   let source = null;
   let closing = 0;
@@ -67,7 +70,8 @@ export async function look() {
 function take(fresh) {
   for (const old of document.querySelectorAll("[data-live]")) {
     const now = fresh.getElementById(old.id);
-    if (now) replace(old, now);
+    if (now && old.dataset.live === "held") hold(old, now, () => replace(old, now));
+    else if (now) replace(old, now);
   }
 }
 
@@ -79,6 +83,10 @@ function replace(old, now) {
   const fresh = new Set([...now.querySelectorAll("[data-key]")].map((item) => item.dataset.key));
   for (const item of old.querySelectorAll("[data-key]")) fresh.delete(item.dataset.key);
   const focused = old.contains(document.activeElement) ? document.activeElement.id || document.activeElement.getAttribute("href") : null;
+  for (const details of now.querySelectorAll("details[id]")) {
+    const before = old.querySelector(`#${CSS.escape(details.id)}`); // what somebody opened stays open
+    if (before) details.open = before.open;
+  }
   old.replaceChildren(...[...now.childNodes].map((node) => document.importNode(node, true)));
   old.dataset.source = source;
   for (const item of old.querySelectorAll("[data-key]")) if (fresh.has(item.dataset.key)) item.classList.add("fresh");
