@@ -243,9 +243,9 @@ def prune(config_file: Path | None, as_json: bool) -> None:
 
 @main.group()
 def keys() -> None:
-    """API keys of the accounts, and the key that webhook secrets are sealed with.
+    """API keys of the accounts, and the master key.
 
-    An API key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
+    The master key seals the webhooks' secrets. An API key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
     """
 
 
