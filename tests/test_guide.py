@@ -12,13 +12,16 @@ import json
 import os
 import random
 import sys
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+from house import Receiver
 from javascript import express, node
+from standardwebhooks import Webhook
 
 from dispatcher.core.addresses import Guard
 from dispatcher.core.backoff import PRESETS
@@ -138,7 +141,7 @@ class Sender:
         self.engine = engine
         self._endpoints = EndpointStore(app, vault)
 
-    async def subscribe(self, handler: Handler, style: BodyStyle, secret: str = SECRET) -> None:
+    async def subscribe(self, handler: Handler | Receiver, style: BodyStyle, secret: str = SECRET) -> None:
         account = await self.app.fetchval("SELECT id FROM dispatcher.account WHERE name = 'default'")
         change = EndpointChange(
             url=handler.url, description="", events=["email.*"], headers={}, body_style=style, retry="none",
@@ -207,6 +210,29 @@ async def test_the_guides_handler_verifies_whatever_may_be_sent(handler: Handler
     assert refused == [], f"seed {seed}"
     assert set(statuses) == {200}
     assert sorted(took) == sorted(emitted)
+
+
+@pytest.mark.parametrize("style", BodyStyle)
+@pytest.mark.parametrize("secret", [SECRET, "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "\U0001f600 ünlike base64"])
+async def test_the_standard_webhooks_library_verifies_whatever_may_be_sent(
+    sender: Sender, style: BodyStyle, secret: str
+) -> None:
+    receiver = Receiver()
+    await receiver.start()
+    try:
+        await sender.subscribe(receiver, style, secret)
+        seed = random.randrange(1 << 32)
+        dice = random.Random(seed)
+        written = [*WRITTEN, *(json.dumps({made_up_key(dice): made_up(dice) for _ in range(4)}) for _ in range(60))]
+        emitted = await sender.emit(*written)
+        await sender.statuses(len(emitted))
+    finally:
+        await receiver.stop()
+    library = Webhook(secret if secret.startswith("whsec_") else b64encode(secret.encode()).decode())
+    events = {arrival.event_id: library.verify(arrival.body, arrival.headers) for arrival in receiver.arrivals}
+    assert sorted(events) == sorted(emitted), f"seed {seed}"
+    for event_id, event in events.items():
+        assert (event["id"], event["type"], event["version"]) == (event_id, "email.delivered", "1.0")
 
 
 @pytest.mark.parametrize("handler", ["express", "lambda", "flask"], indirect=True)

@@ -54,8 +54,12 @@ async def listen(
 ) -> None:
     """Show live events, and forward them to a local server.
 
-    They are signed by a secret of this run, unless you name yours. Webhooks are not touched: what you have
-    registered goes on receiving. Retries by hand and replays come along, automatic retries do not. Ctrl-C ends it.
+    Each is posted to the byte as a delivery would be, with the same headers, signed by a secret of this run unless you
+    name yours. No public URL is needed, and webhooks are not touched: what you have registered goes on receiving.
+
+    One line tells of each event that comes (-->), one of each answer (<--). Retries by hand and replays of your
+    webhooks come along, automatic retries do not. A connection that breaks is made again and goes on where it broke.
+    Ctrl-C ends it.
     """
     import secrets
 

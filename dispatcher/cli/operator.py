@@ -243,9 +243,9 @@ def prune(config_file: Path | None, as_json: bool) -> None:
 
 @main.group()
 def keys() -> None:
-    """API keys of the accounts, and the key that webhook secrets are sealed with.
+    """API keys of the accounts, and the master key.
 
-    An API key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
+    The master key seals the webhooks' secrets. An API key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
     """
 
 
@@ -346,9 +346,9 @@ def revoke_key(key_id: str, config_file: Path | None, as_json: bool) -> None:
 @config_option
 @json_option
 def rotate_master(config_file: Path | None, as_json: bool) -> None:
-    """Seal the secrets of all webhooks anew, with the key in [secrets] key_file.
+    """Seal every webhook's secret anew, with the current key.
 
-    They are opened with that key or with one in [secrets] other_key_files. Daemons may be running: each must know both
+    That is the one in [secrets] key_file. They are opened with that key or with one in [secrets] other_key_files. Daemons may be running: each must know both
     keys, and have the new one as its key_file. Safe to run twice; when it is done, the old key opens nothing any more.
     """
 
@@ -495,7 +495,7 @@ def completion(shell: str) -> None:
 @config_option
 @json_option
 def doctor(config_file: Path | None, as_json: bool) -> None:
-    """Look at everything that has to be right here, and say what to change.
+    """Look at what has to be right, and say what to change.
 
     Clock, file limits, trust store, secrets key, disk and ports of this host; version, settings, connections and
     poolers of the database; schema, key, daemons and partitions in it. Changes nothing.

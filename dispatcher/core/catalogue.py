@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any, Final, NoReturn
 
-from dispatcher.core.routing import TYPE_BYTES_MAX, valid_filter, valid_type
+from dispatcher.core.rendering import TYPE_BYTES_MAX, is_type
+from dispatcher.core.routing import valid_filter
 from dispatcher.errors import ConfigurationError
 
 # Emitted about a webhook itself. Webhooks may ask for them by name, but they are no part of the customer's catalogue.
@@ -98,7 +99,7 @@ class Catalogue:
 
         Right are `*`, known types, and prefixes like `email.*`, whether or not a known type begins with them.
         """
-        if text in self._types or text in OWN_TYPES or (valid_filter(text) and not valid_type(text)):
+        if text in self._types or text in OWN_TYPES or (valid_filter(text) and not is_type(text)):
             return None
         groups = {f"{name.split('.')[0]}.*": None for name in self._types}
         meant = _nearest(text, (*self._types, *OWN_TYPES, *groups))
@@ -142,7 +143,7 @@ def _entry_problems(entry: Any) -> Iterator[str]:
         elif key not in entry and key in _REQUIRED:
             yield f"{key}: missing"
     name = entry.get("name")
-    if isinstance(name, str) and not valid_type(name):
+    if isinstance(name, str) and not is_type(name):
         yield f"name: expected dotted lower-case words like invoice.paid, not {_shown(name)}"
     if name in OWN_TYPES:
         yield f"name: {name} is emitted by the dispatcher itself"

@@ -13,25 +13,24 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Final
 
+from dispatcher.core.rendering import TYPE_BYTES_MAX, is_type
 from dispatcher.model import Endpoint, EndpointId, EndpointStatus
 
-TYPE_BYTES_MAX: Final = 128
 MEMO_MAX: Final = 8192  # types are any text an application inserts; at ≈ 200 bytes each, below 2 MiB
 
-_TYPE: Final = re.compile(r"[a-z0-9_]+(?:\.[a-z0-9_]+)+")
 _PREFIX: Final = re.compile(r"(?:[a-z0-9_]+\.)+\*")
-
-
-def valid_type(text: str) -> bool:
-    """Whether this is an event type: two or more dotted parts of lower-case letters, digits and underscores."""
-    return len(text) <= TYPE_BYTES_MAX and _TYPE.fullmatch(text) is not None
 
 
 def valid_filter(text: str) -> bool:
     """Whether this can stand in a webhook's `events`: a type, `*` for all of them, or a prefix like `email.*`."""
-    if text == "*" or valid_type(text):
+    if text == "*" or is_type(text):
         return True
     return len(text) <= TYPE_BYTES_MAX and _PREFIX.fullmatch(text) is not None
+
+
+def fits(event_type: str, wanted: str) -> bool:
+    """Whether a filter lets a type through. A registry answers the same for a whole table of them, and faster."""
+    return wanted in {"*", event_type} or (wanted.endswith(".*") and event_type.startswith(wanted[:-1]))
 
 
 @dataclasses.dataclass(slots=True)

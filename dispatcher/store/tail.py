@@ -134,6 +134,15 @@ class Tail:
         now: datetime = rows[0]["now"]
         return found, now - AGAIN_OVERLAP
 
+    async def newest_generation(self) -> int:
+        """The newest of those that retries by hand and replays have drawn."""
+        return await self._db.fetchval(self._sql["newest_generation"])  # type: ignore[no-any-return]
+
+    async def made_again(self, generation: int, accounts: Collection[str]) -> list[tuple[DeliveryKey, Row]]:
+        """Retries by hand that were made behind a generation and still wait for their first attempt."""
+        rows = await self._db.fetch(self._sql["made_again"], list(accounts), generation, AGAIN_MAX)
+        return [((row["endpoint_id"], row["event_seq"], row["generation"]), _row(row, None)) for row in rows]
+
     # ── positions as texts ─────────────────────────────────────────────────────────────────────────────────────────
 
     async def prepare(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -13,7 +13,10 @@ from dispatcher.web.answers import no_query
 from dispatcher.web.bodies import Check, read_body
 from dispatcher.web.problems import FieldError, invalid
 
-A_MOMENT = 'a time with its zone, like "2025-01-15T10:30:00Z"'
+ID: Final = "{id:[A-Za-z0-9_-]{1,64}}"  # in a path: the first thing that it names
+WEBHOOK: Final = f"/webhooks/{ID}"
+
+A_MOMENT: Final = 'a time with its zone, like "2025-01-15T10:30:00Z"'
 
 T = TypeVar("T", bound=msgspec.Struct)
 

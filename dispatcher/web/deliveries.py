@@ -20,7 +20,7 @@ from dispatcher.store.accounts import KeyOwner
 from dispatcher.store.deliveries import DeliveryDetail
 from dispatcher.store.endpoints import EndpointRecord
 from dispatcher.web.answers import Wanted, answer, no_query, page, wanted
-from dispatcher.web.asked import nothing_said
+from dispatcher.web.asked import ID, WEBHOOK, nothing_said
 from dispatcher.web.auth import caller
 from dispatcher.web.chronicle import Chronicle, DeliveryAnswer, DeliveryDetailAnswer, filter_of
 from dispatcher.web.openapi import PAGE, Answer, PageOf, Parameter, operation
@@ -48,9 +48,9 @@ class Deliveries:
 
     def routes(self) -> list[web.RouteDef]:
         """Paths below /v1."""
-        one = "/deliveries/{id:[A-Za-z0-9_-]{1,64}}"
+        one = f"/deliveries/{ID}"
         return [
-            web.get("/webhooks/{id:[A-Za-z0-9_-]{1,64}}/deliveries", self.browse),
+            web.get(f"{WEBHOOK}/deliveries", self.browse),
             web.get(one, self.get),
             web.post(f"{one}/retry", self.retry),
         ]

@@ -18,6 +18,7 @@ from dispatcher.core.rendering import TYPE_BYTES_MAX, check_data, is_type
 from dispatcher.errors import Undeliverable
 from dispatcher.store.events import EventRecord, IdempotencyConflict
 from dispatcher.web.answers import answer, moment, no_query, page, wanted
+from dispatcher.web.asked import ID
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import expecting, read_body
 from dispatcher.web.openapi import PAGE, Answer, PageOf, Parameter, operation
@@ -69,7 +70,7 @@ class Events:
         return [
             web.post("/events", self.create),
             web.get("/events", self.browse),
-            web.get("/events/{id:[A-Za-z0-9_-]{1,64}}", self.get),
+            web.get(f"/events/{ID}", self.get),
             web.get("/event-types", self.types),
         ]
 

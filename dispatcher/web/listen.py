@@ -6,7 +6,8 @@
 
 `data` is the body a webhook gets, to the byte. `Last-Event-ID` goes on behind that event, so a connection that broke
 missed nothing. What is sent again to a webhook, by hand or by a replay, comes again as well, under no `id` of its own;
-automatic retries do not. Events that cannot be sent at all are left out.
+automatic retries do not. A retry by hand comes when it is made, even if its webhook can take nothing just then: that is
+when people listen. Events that cannot be sent at all are left out.
 
 One loop reads for everybody who listens, and none runs when nobody does. A newcomer first joins that loop, which from
 then on collects for it, and then reads by itself up to a snapshot: what the loop brings and that snapshot showed
@@ -29,6 +30,7 @@ import structlog
 from aiohttp import web
 
 from dispatcher.core.rendering import Payload
+from dispatcher.core.routing import fits
 from dispatcher.errors import Undeliverable
 from dispatcher.model import BodyStyle, DeliveryKey
 from dispatcher.store.accounts import KeyOwner
@@ -52,6 +54,7 @@ LISTENERS_MAX: Final = 200  # × QUEUE_BYTES_MAX is what they may cost if all of
 ACCOUNT_LISTENERS_MAX: Final = 20
 FILTERS_MAX: Final = 100
 AGAIN_SEEN_MAX: Final = 10_000
+GENERATION_MAX: Final = (1 << 31) - 1
 RETRY_AFTER_S: Final = 10
 
 _HELLO: Final = b"retry: 1000\n: listening\n\n"
@@ -98,6 +101,7 @@ class Listener:
         self, account: str, filters: tuple[str, ...], style: BodyStyle, transport: asyncio.BaseTransport | None = None
     ) -> None:
         self.account = account
+        self.generation = GENERATION_MAX  # the newest when it joined, once known: older retries by hand are not its
         self.is_over = False
         self._transport = transport
         self._filters = filters
@@ -111,7 +115,7 @@ class Listener:
 
     def wants(self, row: Row) -> bool:
         """Whether it asked for this."""
-        return row.account == self.account and any(_fits(row.type, one) for one in self._filters)
+        return row.account == self.account and any(fits(row.type, one) for one in self._filters)
 
     def offer(self, message: Message) -> None:
         """Take a message, or end for having too many."""
@@ -170,6 +174,7 @@ class Feed:
         self._reading: asyncio.Future[None] | None = None  # done once the loop knows where it begins
         self._page = asyncio.Lock()  # held while one is read
         self._seen_again: dict[DeliveryKey, None] = {}
+        self._shown_waiting: set[DeliveryKey] = set()  # retries by hand that were shown and not sent yet
 
     @property
     def is_running(self) -> bool:
@@ -190,6 +195,7 @@ class Feed:
                 # A page that is being read was asked for without us. What is committed behind its snapshot is ours.
                 async with self._page:
                     pass
+                listener.generation = await self.tail.newest_generation()
             yield
         finally:
             self.listeners.discard(listener)
@@ -209,6 +215,7 @@ class Feed:
             sent, since = await self.tail.again(position.since, ())
             sent, since = await self.tail.again(since, self._accounts())
             self._seen_again = dict.fromkeys(key for key, _ in sent)
+            self._shown_waiting = set()
         except Exception as error:  # noqa: BLE001  whoever waits for it raises it
             self._task = None
             reading.set_exception(error)
@@ -245,14 +252,31 @@ class Feed:
             await asyncio.sleep(pause_s)
 
     async def _look_again(self, since: datetime) -> datetime:
+        await self._show_waiting()
         sent, since = await self.tail.again(since, self._accounts())
         for key, row in sent:
-            if key not in self._seen_again:
-                self._seen_again[key] = None
+            if key not in self._seen_again and key not in self._shown_waiting:
                 self._offer(Message(row, None))
+            self._seen_again[key] = None
         while len(self._seen_again) > AGAIN_SEEN_MAX:
             del self._seen_again[next(iter(self._seen_again))]
         return since
+
+    async def _show_waiting(self) -> None:
+        """Offer retries by hand that were made since; what is sent meanwhile is not shown again for that."""
+        oldest = min((listener.generation for listener in self.listeners), default=GENERATION_MAX)
+        waiting = await self.tail.made_again(oldest, self._accounts())
+        self._seen_again |= dict.fromkeys(self._shown_waiting.difference(key for key, _ in waiting))
+        shown: set[DeliveryKey] = set()
+        for key, row in waiting:
+            takers = [listener for listener in self.listeners if listener.generation < key[2]]
+            if key not in self._shown_waiting:
+                message = Message(row, None)
+                for listener in takers:
+                    listener.offer(message)
+            if key in self._shown_waiting or any(listener.wants(row) for listener in takers):
+                shown.add(key)
+        self._shown_waiting = shown
 
     def _offer(self, message: Message) -> None:
         for listener in self.listeners:
@@ -391,10 +415,6 @@ class Listen:
 async def _write(response: web.StreamResponse, text: bytes) -> None:
     async with asyncio.timeout(WRITE_S):
         await response.write(text)
-
-
-def _fits(event_type: str, wanted: str) -> bool:
-    return wanted in {"*", event_type} or (wanted.endswith(".*") and event_type.startswith(wanted[:-1]))
 
 
 def _weight(message: Message) -> int:

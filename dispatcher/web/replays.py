@@ -21,7 +21,7 @@ from dispatcher.core.routing import valid_filter
 from dispatcher.model import EndpointId, EndpointStatus
 from dispatcher.store.replays import RUNNING_MAX, Choice, ReplayRecord, ReplayStatus, Selection
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
-from dispatcher.web.asked import A_MOMENT, read_moment
+from dispatcher.web.asked import A_MOMENT, WEBHOOK, read_moment
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting, read_body
 from dispatcher.web.openapi import PAGE, Answer, PageOf, operation
@@ -81,12 +81,12 @@ class Replays:
 
     def routes(self) -> list[web.RouteDef]:
         """Paths below /v1."""
-        one = "/webhooks/{id:[A-Za-z0-9_-]{1,64}}"
+        one = f"{WEBHOOK}/replays/{{job:[A-Za-z0-9_-]{{1,64}}}}"
         return [
-            web.post(f"{one}/replay", self.create),
-            web.get(f"{one}/replays", self.browse),
-            web.get(f"{one}/replays/{{job:[A-Za-z0-9_-]{{1,64}}}}", self.get),
-            web.delete(f"{one}/replays/{{job:[A-Za-z0-9_-]{{1,64}}}}", self.cancel),
+            web.post(f"{WEBHOOK}/replay", self.create),
+            web.get(f"{WEBHOOK}/replays", self.browse),
+            web.get(one, self.get),
+            web.delete(one, self.cancel),
         ]
 
     @operation(

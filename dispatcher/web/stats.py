@@ -15,6 +15,7 @@ from aiohttp import web
 from dispatcher.core.backoff import parse_duration
 from dispatcher.store.deliveries import NOTHING, Stats, Tally
 from dispatcher.web.answers import answer, check_query, moment
+from dispatcher.web.asked import WEBHOOK
 from dispatcher.web.auth import caller
 from dispatcher.web.openapi import Parameter, operation
 from dispatcher.web.parts import Log
@@ -83,7 +84,7 @@ class StatsOf:
 
     def routes(self) -> list[web.RouteDef]:
         """Paths below /v1."""
-        return [web.get("/webhooks/{id:[A-Za-z0-9_-]{1,64}}/stats", self.get)]
+        return [web.get(f"{WEBHOOK}/stats", self.get)]
 
     @operation("Webhooks", parameters=[_WINDOW], answers={200: StatsAnswer})
     async def get(self, request: web.Request) -> web.Response:

@@ -27,7 +27,7 @@ from dispatcher.core.routing import Registry
 from dispatcher.errors import Undeliverable
 from dispatcher.model import BodyStyle, Endpoint, EndpointStatus, new_id
 from dispatcher.web.answers import answer, no_query
-from dispatcher.web.asked import read_optional_body
+from dispatcher.web.asked import WEBHOOK, read_optional_body
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting
 from dispatcher.web.chronicle import as_object, headers_of, readable
@@ -89,7 +89,7 @@ class Trials:
 
     def routes(self) -> list[web.RouteDef]:
         """Paths below /v1."""
-        return [web.post("/webhooks/{id:[A-Za-z0-9_-]{1,64}}/test", self.create)]
+        return [web.post(f"{WEBHOOK}/test", self.create)]
 
     @operation(
         "Webhooks",

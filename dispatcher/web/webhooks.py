@@ -27,7 +27,7 @@ from dispatcher.errors import AddressRefused
 from dispatcher.model import BodyStyle, Discreet, EndpointStatus
 from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, EndpointRecord
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
-from dispatcher.web.asked import nothing_said, read_optional_body
+from dispatcher.web.asked import WEBHOOK, nothing_said, read_optional_body
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting, read_body
 from dispatcher.web.changes import Changes, Expect
@@ -170,17 +170,16 @@ class Webhooks:
 
     def routes(self) -> list[web.RouteDef]:
         """Paths below /v1."""
-        one = "/webhooks/{id:[A-Za-z0-9_-]{1,64}}"
         return [
             web.post("/webhooks", self.create),
             web.get("/webhooks", self.browse),
-            web.get(one, self.get),
-            web.patch(one, self.update),
-            web.delete(one, self.delete),
-            web.post(f"{one}/pause", self.pause),
-            web.post(f"{one}/resume", self.resume),
-            web.get(f"{one}/secret", self.secret),
-            web.post(f"{one}/rotate-secret", self.rotate_secret),
+            web.get(WEBHOOK, self.get),
+            web.patch(WEBHOOK, self.update),
+            web.delete(WEBHOOK, self.delete),
+            web.post(f"{WEBHOOK}/pause", self.pause),
+            web.post(f"{WEBHOOK}/resume", self.resume),
+            web.get(f"{WEBHOOK}/secret", self.secret),
+            web.post(f"{WEBHOOK}/rotate-secret", self.rotate_secret),
         ]
 
     @operation(

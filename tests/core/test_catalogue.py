@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatcher.core.catalogue import OWN_TYPES, Catalogue, EventType
-from dispatcher.core.routing import valid_type
+from dispatcher.core.rendering import is_type
 from dispatcher.errors import ConfigurationError
 
 BUILTIN = Catalogue.builtin()
@@ -100,7 +100,7 @@ def test_the_thirteen_documented_types_are_built_in() -> None:
 def test_a_built_in_type_is_described_and_its_sample_fits_its_schema(name: str) -> None:
     found = BUILTIN.get(name)
     assert found is not None
-    assert valid_type(found.name)
+    assert is_type(found.name)
     assert found.description
     assert found.when
     assert found.schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"

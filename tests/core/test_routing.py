@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatcher.core import routing
-from dispatcher.core.routing import Registry, valid_filter, valid_type
+from dispatcher.core.rendering import is_type
+from dispatcher.core.routing import Registry, fits, valid_filter
 from dispatcher.model import AccountId, Endpoint, EndpointId, EndpointStatus
 
 
@@ -49,6 +50,14 @@ def test_a_star_matches_every_type_of_its_own_account() -> None:
     assert matched(registry, "email.sent") == [1]
     assert matched(registry, "email.sent", account=2) == [2]
     assert matched(registry, "email.sent", account=3) == []
+
+
+@given(
+    st.sampled_from(["*", "email.*", "email.eu.*", "email.sent", "email.eu.sent", "emails.*"]),
+    st.sampled_from(["email.sent", "email.eu.sent", "emails.sent", "email.eu", "billing.paid"]),
+)
+def test_a_single_filter_fits_what_a_registry_of_it_matches(wanted: str, event_type: str) -> None:
+    assert fits(event_type, wanted) == (matched(Registry([endpoint(1, wanted)], 1), event_type) == [1])
 
 
 def test_a_webhook_with_overlapping_filters_matches_once() -> None:
@@ -112,14 +121,14 @@ def test_valid_filters_are_accepted(text: str) -> None:
 )
 def test_invalid_filters_are_refused(text: str) -> None:
     assert not valid_filter(text)
-    assert not valid_type(text)
+    assert not is_type(text)
 
 
 def test_the_longest_type_and_prefix_are_accepted() -> None:
-    assert valid_type("a." + "b" * 126)
+    assert is_type("a." + "b" * 126)
     assert valid_filter("a" * 126 + ".*")
-    assert not valid_type("email.*")
-    assert not valid_type("*")
+    assert not is_type("email.*")
+    assert not is_type("*")
 
 
 # The same question answered the slow way

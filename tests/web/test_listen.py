@@ -216,6 +216,67 @@ async def test_what_is_sent_again_comes_again_without_an_id(
         assert await theirs.types(1) == ["the.end"]
 
 
+async def retry_by_hand(app: asyncpg.Connection) -> int:
+    """As the API makes one, for a webhook that can take nothing: its generation."""
+    return await app.fetchval(  # type: ignore[no-any-return]
+        "INSERT INTO dispatcher.pending"
+        " (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)"
+        " SELECT e.id, o.seq, nextval('dispatcher.generation_seq'), o.xid, o.written_at, 'pending', 0, 'infinity'"
+        " FROM dispatcher.outbox o, dispatcher.endpoint e WHERE o.type = 'email.sent' RETURNING generation"
+    )
+
+
+async def test_a_retry_by_hand_comes_when_it_is_made_and_not_again_when_it_is_sent(
+    api: Api, app: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listen, "AGAIN_S", 0.0)
+    await api.webhook()
+    event_id = await insert(app, "email.sent")
+    await retry_by_hand(app)  # before anybody listened
+    async with listening(api) as stream, listening(api, key="rival") as theirs:
+        generation = await retry_by_hand(app)
+        again = await stream.event()
+        assert (json.loads(again["data"])["id"], "id" in again) == (event_id, False)
+        async with listening(api) as late:  # to whom it is old
+            await app.execute(
+                "WITH gone AS (DELETE FROM dispatcher.pending WHERE generation = $1 RETURNING *)"
+                " INSERT INTO dispatcher.attempt"
+                " (at, event_seq, event_xid, endpoint_id, generation, attempt, state, duration_us)"
+                " SELECT now(), event_seq, event_xid, endpoint_id, generation, 1, 'delivered', 1 FROM gone",
+                generation,
+            )
+            for account in ("acme", "rival"):
+                await insert(app, "the.middle", account)
+            for each in (stream, theirs, late):
+                assert await each.types(1) == ["the.middle"]
+            # What is sent again is looked for between two pages: what must not come would come before this.
+            for account in ("acme", "rival"):
+                await insert(app, "the.end", account)
+            for each in (stream, theirs, late):
+                assert await each.types(1) == ["the.end"]
+
+
+async def test_what_a_replay_holds_comes_when_it_is_sent(
+    api: Api, app: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listen, "AGAIN_S", 0.0)
+    await api.webhook()
+    await insert(app, "email.sent")
+    async with listening(api) as stream:
+        generation = await retry_by_hand(app)
+        await stream.event()
+        await app.execute(
+            "INSERT INTO dispatcher.replay (id, endpoint_id, generation, selection, since, until)"
+            " SELECT 'rpl_1', id, $1, 'all', now() - interval '1 day', now() FROM dispatcher.endpoint",
+            generation + 1,
+        )
+        await retry_by_hand(app)  # draws the generation of that replay
+        await retry_by_hand(app)
+        await stream.event()
+        await insert(app, "the.end")
+        assert await stream.types(1) == ["the.end"]
+
+
 async def test_nothing_runs_when_nobody_listens(parts: Any) -> None:
     call = listen.Listen(parts, parts.events.tail())
     one, other = Listener("acme", ("*",), BodyStyle.COMPACT), Listener("acme", ("*",), BodyStyle.COMPACT)

@@ -33,6 +33,24 @@ SELECT xid, seq, written_at FROM dispatcher.outbox WHERE account = $1 AND id = $
 -- name: key
 SELECT value FROM dispatcher.setting WHERE key = 'delivery_id_key';
 
+-- name: newest_generation
+SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dispatcher.generation_seq;
+
+-- name: made_again
+-- Retries by hand behind generation $2 that wait for their first attempt, the newest $3 of each webhook, with their events. Those
+-- of replays are shown when they are sent: there may be millions.
+SELECT made.endpoint_id, made.event_seq, made.generation, e.id, e.account, e.type, e.data, e.created_at
+FROM dispatcher.account c
+JOIN dispatcher.endpoint w ON w.account_id = c.id
+CROSS JOIN LATERAL (
+    SELECT endpoint_id, event_seq, event_xid, generation FROM dispatcher.pending p
+    WHERE endpoint_id = w.id AND generation > 0 AND generation > $2::integer AND attempts = 0
+      AND NOT EXISTS (SELECT FROM dispatcher.replay r WHERE r.generation = p.generation)
+    ORDER BY generation DESC LIMIT $3::integer) AS made
+CROSS JOIN LATERAL (
+    SELECT * FROM dispatcher.event WHERE xid = made.event_xid AND seq = made.event_seq LIMIT 1) AS e
+WHERE c.name = ANY ($1::text[]) ORDER BY made.generation;
+
 -- name: again
 -- First attempts of retries by hand and replays since a moment, with their events: what was sent again.
 SELECT now() AS now, sent.endpoint_id, sent.event_seq, sent.generation, e.id, e.account, e.type, e.data, e.created_at

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from aiohttp import web
 
 from dispatcher.core.catalogue import EventType
-from dispatcher.core.routing import TYPE_BYTES_MAX
+from dispatcher.core.rendering import TYPE_BYTES_MAX
 from dispatcher.model import BodyStyle
 from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.schemas import fields
