@@ -12,7 +12,10 @@ export function enhance() {
   });
   document.addEventListener("change", (event) => {
     if (event.target.matches("[data-submit]")) event.target.form.requestSubmit();
+    if (event.target.matches("[data-sample-of]")) fillSample(event.target);
   });
+  const address = document.querySelector("[data-address]");
+  if (address) history.replaceState(null, "", address.dataset.address); // to load it again sends nothing again
   const url = new URL(location.href);
   if (url.searchParams.has("note")) {
     url.searchParams.delete("note");
@@ -59,6 +62,14 @@ function flash(button, text) {
   button.textContent = text;
   announce(text);
   setTimeout(() => (button.textContent = before), 1500);
+}
+
+/** Put the sample of the chosen type into its field, unless somebody has written there. */
+function fillSample(select) {
+  const area = document.getElementById(select.dataset.sampleOf);
+  const samples = [...select.options].map((option) => option.dataset.sample);
+  const sample = select.selectedOptions[0].dataset.sample;
+  if (sample !== undefined && (samples.includes(area.value) || !area.value.trim())) area.value = sample;
 }
 
 function onSubmit(event) {
