@@ -108,6 +108,7 @@ class Templates:
                 "now": now,
                 "when": _Clock(visit, now),
                 "csrf": _token_field(visit),
+                "notice": NOTES.get(request.query.get("note", ""), ""),
             }
         )
         return web.Response(text=text, status=status, content_type="text/html", headers=HEADERS | dict(headers or {}))
