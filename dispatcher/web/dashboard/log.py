@@ -104,10 +104,12 @@ def utc_of(text: str, zone: tzinfo) -> str:
 
 def _shown(text: str, name: str, zone: tzinfo) -> str:
     """What the field shows: a shared address may hold the time in another zone."""
-    if name not in {"since", "until"} or not text or _is_local(text):
+    if name not in {"since", "until"} or not text:
         return text
+    if _is_local(text):
+        return text[:16]
     try:
-        return datetime.fromisoformat(text.replace(" ", "+")).astimezone(zone).strftime("%Y-%m-%dT%H:%M:%S")
+        return datetime.fromisoformat(text.replace(" ", "+")).astimezone(zone).strftime("%Y-%m-%dT%H:%M")
     except (ValueError, OverflowError):
         return ""
 
