@@ -43,10 +43,10 @@ class Dashboard:
         self._live = Live(self._desk)
         self._pages = (
             SignIn(self._desk),
-            Overview(self._desk),
-            WebhookList(self._desk),
+            Overview(self._desk, self._live),
+            WebhookList(self._desk, self._live),
             Editing(self._desk),
-            WebhookPages(self._desk),
+            WebhookPages(self._desk, self._live),
             LogPage(self._desk),
             TrialPage(self._desk),
             ReplayPages(self._desk),

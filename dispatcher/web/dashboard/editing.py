@@ -30,6 +30,7 @@ NAMES: Final = {
     "url": "URL",
     "description": "Description",
     "events": "Events",
+    "secret": "Signature",
     "headers": "Headers",
     "body_style": "Body style",
     "retry": "Retries",
@@ -293,9 +294,9 @@ def _differences(form: Mapping[str, str], record: EndpointRecord) -> list[tuple[
     now = _form(record)
     entered = dict(form) | {"events": "\n".join(sorted(_events(form)))}
     now["events"] = "\n".join(sorted(record.events))
-    names = {"retry": "retry", "retry_custom": "retry"} | {name: name for name in NAMES}
+    names = NAMES | {"retry_custom": "Delays"}
     return [
-        (NAMES[names[name]], value.replace("\n", ", ") or "not set")
+        (names[name], value.replace("\n", ", ") or "not set")
         for name, value in now.items()
-        if name in names and value != entered[name].replace("\r\n", "\n").strip()
+        if name in names and name != "secret" and value != entered[name].replace("\r\n", "\n").strip()
     ]

@@ -17,6 +17,7 @@ from dispatcher.telemetry import Snapshot
 from dispatcher.web.dashboard import charts
 from dispatcher.web.dashboard.advice import Trouble, trouble_of
 from dispatcher.web.dashboard.desk import Desk
+from dispatcher.web.dashboard.live import Live
 from dispatcher.web.dashboard.rendering import duration
 from dispatcher.web.dashboard.shared import Shared
 from dispatcher.web.dashboard.visits import session_of, utc_now, visit_of
@@ -29,7 +30,7 @@ OUTCOMES: Final = (
 WINDOW: Final = timedelta(hours=1)
 FEED: Final = 12
 WORST: Final = 6
-KEPT_S: Final = 1.0  # how long all pages of an account are given the same figures
+KEPT_S: Final = 5.0
 ENGINE_AWAY: Final = timedelta(seconds=10)  # without a heartbeat; a take-over takes less than one
 LAG_S: Final = 30.0  # committed this long ago and not read yet: something is wrong
 
@@ -74,8 +75,9 @@ class Figures:
 class Overview:
     """The page."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, live: Live) -> None:
         self._desk = desk
+        self._live = live
         self._known: Shared[Figures] = Shared(KEPT_S)
 
     def routes(self) -> list[web.RouteDef]:
@@ -85,7 +87,7 @@ class Overview:
     async def show(self, request: web.Request) -> web.StreamResponse:
         """Everything in one look."""
         account_id = session_of(request).owner.account_id
-        figures = await self._known.get(account_id, lambda: self._look(account_id))
+        figures = await self._known.get(self._live.moment(request), lambda: self._look(account_id))
         return self._desk.templates.page(
             request,
             "overview.html",
@@ -113,7 +115,7 @@ class Overview:
 def _chart(traffic: Traffic, zone: ZoneInfo | None) -> Markup:
     """Deliveries by when they ended, and failed attempts that will be followed by another one."""
     rows = [charts.Bar(one.at, (one.delivered, one.retrying, one.failed)) for one in traffic.slices]
-    return charts.bars(rows, OUTCOMES, title="Deliveries", length=traffic.length, zone=zone or UTC)
+    return charts.bars(rows, OUTCOMES, title=f"Deliveries, {_span(traffic)}", length=traffic.length, zone=zone or UTC)
 
 
 def _span(traffic: Traffic) -> str:

@@ -171,7 +171,7 @@ def duration(seconds: float | timedelta) -> str:
         if left >= size:
             count, rest = divmod(left, size)
             small = ""
-            if unit in {"d", "h"} and count < 10:
+            if unit == "h" or (unit == "d" and count < 10):
                 next_size, next_unit = _STEPS[place + 1]
                 small = f" {rest // next_size:.0f} {next_unit}" if rest >= next_size else ""
             return f"{count:.0f} {unit}{small}"

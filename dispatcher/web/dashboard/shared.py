@@ -1,4 +1,4 @@
-"""Answers that several ask for at the same moment, looked for once."""
+"""Answers that several pages ask for because of the same change, looked for once."""
 
 from __future__ import annotations
 

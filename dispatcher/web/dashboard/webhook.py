@@ -18,6 +18,7 @@ from dispatcher.web.dashboard import charts
 from dispatcher.web.dashboard.advice import Trouble, trouble_of
 from dispatcher.web.dashboard.desk import WEBHOOK, Desk
 from dispatcher.web.dashboard.editing import Errors, field_errors, number
+from dispatcher.web.dashboard.live import Live
 from dispatcher.web.dashboard.overview import OUTCOMES
 from dispatcher.web.dashboard.shared import Shared
 from dispatcher.web.dashboard.visits import local_path, read_form, session_of, utc_now, visit_of
@@ -31,14 +32,15 @@ WINDOWS: Final = ("1h", "24h", "7d", "30d")
 GRACES: Final = {"0": "End it at once", "3600": "1 hour", "86400": "24 hours", "604800": "7 days"}
 LATEST: Final = 8
 REPLAYS: Final = 3
-KEPT_S: Final = 2.0
+KEPT_S: Final = 5.0
 
 
 class WebhookPages:
     """The pages."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, live: Live) -> None:
         self._desk = desk
+        self._live = live
         self._changes = Changes(desk.parts.endpoints)
         self._stats = StatsOf(desk.log)
         self._deliveries = Deliveries(desk.parts, desk.log)
@@ -135,9 +137,8 @@ class WebhookPages:
         subject = await subject_of(self._desk, request)
         window = request.query.get("window", "24h")
         window = window if window in WINDOWS else "24h"
-        stats = await self._known.get(
-            (owner.account_id, webhook_id, window), lambda: self._stats.tell(owner.account_id, webhook_id, window)
-        )
+        key = (self._live.moment(request), webhook_id, window)
+        stats = await self._known.get(key, lambda: self._stats.tell(owner.account_id, webhook_id, window))
         latest, older = await self._deliveries.listed(owner, webhook_id, Wanted(LATEST, None, None, {}))
         return self._desk.templates.page(
             request,

@@ -16,6 +16,7 @@ from dispatcher.web.answers import check_query
 from dispatcher.web.dashboard import charts
 from dispatcher.web.dashboard.advice import trouble_of
 from dispatcher.web.dashboard.desk import Desk
+from dispatcher.web.dashboard.live import Live
 from dispatcher.web.dashboard.overview import OUTCOMES
 from dispatcher.web.dashboard.shared import Shared
 from dispatcher.web.dashboard.visits import session_of, utc_now
@@ -26,7 +27,7 @@ TROUBLE: Final = "trouble"
 STATUSES: Final = {"active": "Active", "paused": "Paused", "disabled": "Disabled", TROUBLE: "Needs attention"}
 HOUR: Final = timedelta(hours=1)
 BARS: Final = 24
-KEPT_S: Final = 5.0  # how long a sparkline is good for: 40 µs of PostgreSQL's time for each bar
+KEPT_S: Final = 5.0
 
 _is_id: Final = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 
@@ -34,8 +35,9 @@ _is_id: Final = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 class WebhookList:
     """The page."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, live: Live) -> None:
         self._desk = desk
+        self._live = live
         self._sparks: Shared[dict[str, list[Spark]]] = Shared(KEPT_S)
 
     def routes(self) -> list[web.RouteDef]:
@@ -55,7 +57,7 @@ class WebhookList:
             "webhooks.html",
             webhooks=found,
             troubles={webhook.id: trouble_of(webhook, now) for webhook in found},
-            sparks=await self._charts(account_id, [webhook.id for webhook in found], now),
+            sparks=await self._charts(request, [webhook.id for webhook in found], now),
             state=status,
             statuses=STATUSES,
             text=text,
@@ -80,14 +82,15 @@ class WebhookList:
             reached = some[-1].id
         return found, reached
 
-    async def _charts(self, account_id: int, ids: Sequence[str], now: datetime) -> Mapping[str, Markup]:
+    async def _charts(self, request: web.Request, ids: Sequence[str], now: datetime) -> Mapping[str, Markup]:
         """A sparkline of the last day for each of them."""
         if not ids:
             return {}
         this_hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
         begins = [this_hour - (BARS - 1 - place) * HOUR for place in range(BARS)]
         store = self._desk.stores.overview
-        found = await self._sparks.get((account_id, *ids), lambda: store.sparks(account_id, ids, begins, HOUR))
+        account_id, key = session_of(request).owner.account_id, (self._live.moment(request), *ids)
+        found = await self._sparks.get(key, lambda: store.sparks(account_id, ids, begins, HOUR))
         return {webhook_id: _spark(found.get(webhook_id, [])) for webhook_id in ids}
 
 

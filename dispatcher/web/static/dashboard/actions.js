@@ -16,6 +16,9 @@ export function enhance() {
   });
   const address = document.querySelector("[data-address]");
   if (address) history.replaceState(null, "", address.dataset.address); // to load it again sends nothing again
+  const theme = document.querySelector("[data-theme-form] button");
+  const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
+  if (theme && !document.documentElement.dataset.theme && isDark) offerTheme(theme, "light");
   const url = new URL(location.href);
   if (url.searchParams.has("note")) {
     url.searchParams.delete("note");
@@ -87,11 +90,15 @@ function onSubmit(event) {
 
 function switchTheme(button) {
   const theme = button.value;
+  offerTheme(button, theme === "dark" ? "light" : "dark");
   document.documentElement.dataset.theme = theme;
   document.querySelector('meta[name="color-scheme"]').content = theme;
   document.cookie = `dispatcher_theme=${theme}; ${PREFERENCE}`;
-  button.value = theme === "dark" ? "light" : "dark";
-  button.textContent = theme === "dark" ? "Light" : "Dark";
+}
+
+function offerTheme(button, theme) {
+  button.value = theme;
+  button.textContent = theme === "dark" ? "Dark" : "Light";
 }
 
 // A page that comes back from the browser's memory may be sent again.
