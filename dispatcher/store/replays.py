@@ -128,6 +128,15 @@ class ReplayStore:
         row = await self._db.fetchrow(self._sql["get"], endpoint_id, job_id)
         return None if row is None else _record(row)
 
+    async def recent(self, endpoint_id: int, limit: int) -> list[ReplayRecord]:
+        """A webhook's latest replays, the newest first."""
+        return [_record(row) for row in await self._db.fetch(self._sql["recent"], endpoint_id, limit)]
+
+    async def stop(self, endpoint_id: int, job_id: str, reason: str) -> ReplayRecord | None:
+        """End a replay that is under way; what it has queued stays queued. None if there is none, or no longer."""
+        row = await self._db.fetchrow(self._sql["stop"], endpoint_id, job_id, reason)
+        return None if row is None else _record(row)
+
     async def preview(self, endpoint_id: int, choice: Choice) -> ReplayPreview | None:
         """Count what would be queued, as far as that can be had at once; None if the webhook is gone."""
         webhook = await self._db.fetchrow(self._sql["preview"], endpoint_id)

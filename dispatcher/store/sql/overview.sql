@@ -4,11 +4,11 @@
 -- name: webhooks
 -- Each with what waits for it. The rows are in the order of the events, so the first is the oldest even where they are cut off.
 WITH mine AS (
-    SELECT * FROM dispatcher.endpoint WHERE account_id = $1 ORDER BY public_id DESC LIMIT $2
+    SELECT * FROM dispatcher.endpoint WHERE account_id = $1 AND public_id < $4 COLLATE "C" ORDER BY public_id DESC LIMIT $2
 ), share AS (
     SELECT greatest(20, $3::integer / greatest(count(*), 1)) AS rows FROM mine
 )
-SELECT m.public_id AS id, m.url, m.description, m.status, m.disabled_reason, m.updated_at, h.failing_since, h.last_error,
+SELECT m.public_id AS id, m.url, m.description, m.events, m.status, m.disabled_reason, m.updated_at, h.failing_since, h.last_error,
        w.waiting, w.waiting = s.rows AS is_cut, w.oldest_at, w.next_at
 FROM mine m CROSS JOIN share s LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = m.id
 CROSS JOIN LATERAL (

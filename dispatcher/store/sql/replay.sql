@@ -13,6 +13,13 @@ SELECT m.*, pg_notify('dispatcher_pending', 'replay') FROM made m;
 -- name: get
 SELECT * FROM dispatcher.replay WHERE endpoint_id = $1 AND id = $2;
 
+-- name: recent
+SELECT * FROM dispatcher.replay WHERE endpoint_id = $1 ORDER BY id DESC LIMIT $2;
+
+-- name: stop
+UPDATE dispatcher.replay SET status = 'cancelled', reason = $3, finished_at = now(), updated_at = now()
+WHERE endpoint_id = $1 AND id = $2 AND status = 'running' RETURNING *;
+
 -- name: running
 SELECT id FROM dispatcher.replay WHERE status = 'running' ORDER BY id LIMIT $1;
 

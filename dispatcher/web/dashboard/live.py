@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Final
 
 import structlog
@@ -21,6 +21,7 @@ from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.visits import session_of
 from dispatcher.web.problems import Problem
 
+LOOKING: Final = "X-Looking"  # "again": a page that was told to
 PULSE_S: Final = 1.0
 TROUBLE_S: Final = 3.0
 HEARTBEAT_S: Final = 15.0
@@ -92,6 +93,15 @@ class Live:
     def routes(self) -> list[web.RouteDef]:
         """Paths of the whole listener."""
         return [web.get("/live", self._desk.door.signed_in(self.stream), allow_head=False)]
+
+    def moment(self, request: web.Request) -> Hashable:
+        """A key under which an answer may be shared: by all pages that look because of the same change, and else by
+        nobody, so that whoever has just done something sees what came of it.
+        """
+        owner = session_of(request).owner
+        watch = self._watches.get(owner.account_id)
+        is_told = request.headers.get(LOOKING) == "again"
+        return (owner.account_id, watch.beat) if watch is not None and is_told else object()
 
     def close(self) -> None:
         """End every stream: pages come back to whoever serves then."""

@@ -53,7 +53,7 @@ export async function look() {
   try {
     await new Promise((resolve) => setTimeout(resolve, Math.max(0, lastLook + BETWEEN_MS - Date.now())));
     lastLook = Date.now();
-    const response = await fetch(location.href, { headers: { Accept: "text/html" }, redirect: "manual" });
+    const response = await fetch(location.href, { headers: { Accept: "text/html", "X-Looking": "again" }, redirect: "manual" });
     if (response.type === "opaqueredirect") location.reload();
     else if (response.ok) take(new DOMParser().parseFromString(await response.text(), "text/html"));
   } catch {
