@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
 from aiohttp import web
 
 from dispatcher.core.backoff import PRESETS, format_duration
 from dispatcher.core.catalogue import OWN_TYPES, EventType
 from dispatcher.model import BodyStyle
-from dispatcher.store.endpoints import EndpointRecord
+from dispatcher.store.endpoints import EndpointChange, EndpointRecord
 from dispatcher.web.bodies import parse_body
 from dispatcher.web.changes import Changes
 from dispatcher.web.dashboard.desk import WEBHOOK, Desk
@@ -108,7 +109,7 @@ class Editing:
                 raise _ChangedMeanwhileError(record)
 
         try:
-            await self._changes.update(account_id, webhook_id, lambda old: merged(old, patch), patch.secret, expect)
+            await self._changes.update(account_id, webhook_id, lambda old: _changed(old, patch), patch.secret, expect)
         except _ChangedMeanwhileError as meanwhile:
             record = meanwhile.record
             return self._page(request, form | {"version": str(record.version)}, record, status=409)
@@ -264,6 +265,13 @@ def _form(record: EndpointRecord) -> dict[str, str]:
         "timeout_s": _text(record.timeout_s),
         "version": str(record.version),
     }
+
+
+def _changed(old: EndpointChange, patch: WebhookPatch) -> EndpointChange:
+    """The settings with the patch. Boxes come in an order of their own, which is no change."""
+    new = merged(old, patch)
+    is_same = sorted(new.events) == sorted(old.events)
+    return msgspec.structs.replace(new, events=old.events) if is_same else new
 
 
 def _text(value: float | None) -> str:
