@@ -25,7 +25,10 @@ export function live() {
     source.addEventListener("change", look);
     source.addEventListener("over", () => location.reload());
     source.addEventListener("error", () => state("Reconnecting"));
-    source.addEventListener("open", () => state("Live"));
+    source.addEventListener("open", () => {
+      state("Live");
+      look(); // whatever changed since the page was made, or while the stream was broken
+    });
   };
   const close = () => {
     source?.close();
@@ -33,10 +36,7 @@ export function live() {
   };
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) closing = setTimeout(close, HIDDEN_MS);
-    else {
-      if (!source) look();
-      open();
-    }
+    else open();
   });
   addEventListener("pagehide", close);
   addEventListener("pageshow", (event) => event.persisted && open());
