@@ -18,20 +18,27 @@ CROSS JOIN LATERAL (
 ORDER BY m.public_id DESC;
 
 -- name: traffic
--- The log from $3 to before $4, $5 rows at most, the newest: where some webhook has more, all of it begins where that one's
--- rows do, so that every bucket that is shown is whole but the first. The shortest of the lengths $6 that makes no more
--- than $7 buckets is chosen.
+-- The log from $3 to before $4, $5 rows at most, the newest. What webhooks with little traffic leave of their share is for the
+-- busy ones. Where one of those has more, all of it begins where that one's rows do, so that every bucket but the first is
+-- whole. The shortest of the lengths $6 that makes no more than $7 buckets is chosen.
 WITH mine AS (
     SELECT id FROM dispatcher.endpoint WHERE account_id = $1 ORDER BY public_id DESC LIMIT $2
 ), share AS (
     SELECT greatest(50, $5::integer / greatest(count(*), 1)) AS rows FROM mine
+), probe AS MATERIALIZED (
+    SELECT (SELECT count(*) FROM (SELECT FROM dispatcher.attempt WHERE endpoint_id = m.id AND at >= $3 AND at < $4
+                                  LIMIT (SELECT rows FROM share)) AS few) AS rows FROM mine m
+), allowance AS (
+    SELECT greatest(s.rows, ($5 - coalesce(sum(p.rows) FILTER (WHERE p.rows < s.rows), 0))::bigint
+                            / greatest(count(*) FILTER (WHERE p.rows = s.rows), 1)) AS rows
+    FROM share s CROSS JOIN probe p GROUP BY s.rows
 ), seen AS MATERIALIZED (
     SELECT m.id, a.at, a.state, a.result, a.duration_us / 1000.0 AS ms FROM mine m CROSS JOIN LATERAL (
         SELECT at, state, result, duration_us FROM dispatcher.attempt
-        WHERE endpoint_id = m.id AND at >= $3 AND at < $4 ORDER BY at DESC LIMIT (SELECT rows FROM share)) AS a
+        WHERE endpoint_id = m.id AND at >= $3 AND at < $4 ORDER BY at DESC LIMIT (SELECT rows FROM allowance)) AS a
 ), cut AS (
     SELECT max(oldest) AS at FROM (
-        SELECT min(at) AS oldest FROM seen GROUP BY id HAVING count(*) = (SELECT rows FROM share)) AS full_ones
+        SELECT min(at) AS oldest FROM seen GROUP BY id HAVING count(*) = (SELECT rows FROM allowance)) AS full_ones
 ), begun AS (
     SELECT coalesce((SELECT at FROM cut), $3::timestamptz) AS at
 ), width AS (
