@@ -36,13 +36,14 @@ from dispatcher.store.database import check_schema, connect, migrate, open_pool,
 from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
+from dispatcher.store.operator import OperatorStore
 from dispatcher.store.overview import OverviewStore
 from dispatcher.store.replays import ReplayStore
 from dispatcher.store.sessions import SessionStore
 from dispatcher.store.vault import Vault, new_key
 from dispatcher.web.api import build_api_app
 from dispatcher.web.metrics import build_metrics_app
-from dispatcher.web.parts import Log, Send, Stores, Trial, Tried, Web
+from dispatcher.web.parts import Log, Operator, Send, Stores, Trial, Tried, Web
 from dispatcher.web.server import serve
 
 EMBEDDED_DIRECTORY: Final = "postgres"
@@ -284,6 +285,8 @@ async def run(
         )
         shot = SingleShot(transport, lambda: web.guard, user_agent=web.user_agent, header_prefix=web.header_prefix)
         web.log = Log(deliveries=DeliveryStore(pool), replays=ReplayStore(pool), ids=ids, send=sender(shot))
+        if config.server.operator_key:
+            web.operator = Operator(key=config.server.operator_key, store=OperatorStore(pool), settings=config.masked())
         api = await serve(build_api_app(web), config.server.listen, key="[server] listen")
         stack.push_async_callback(api.cleanup)
         if config.metrics.listen:
@@ -368,6 +371,8 @@ def _reload(daemon: Daemon, read: Callable[[], Config]) -> None:
             catalogue_of(fresh),
             _defaults(daemon.config),
         )
+        if daemon.web.operator is not None:
+            daemon.web.operator.settings = daemon.config.masked()
         daemon.engine.reconfigure(_engine_settings(daemon.config), guard)
         log.info("reloaded", changed=can, needs_restart=cannot)
     except DispatcherError as error:

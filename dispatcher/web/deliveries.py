@@ -62,18 +62,14 @@ class Deliveries:
 
     async def listed(self, owner: KeyOwner, webhook_id: str, part: Wanted) -> tuple[list[DeliveryAnswer], str | None]:
         """A part of a webhook's list, and the cursor to go on from. Raises Problem."""
-        chosen = filter_of(part.filters)
+        chosen, told = filter_of(part.filters), self._chronicle
         endpoint_id = await self._log.deliveries.endpoint(owner.account_id, webhook_id)
         if endpoint_id is None:
             raise not_found("webhook")
-        told = self._chronicle
+        after = await told.place(owner.account_id, endpoint_id, "after", part.after)
+        before = await told.place(owner.account_id, endpoint_id, "before", part.before)
         found = await self._log.deliveries.browse(
-            endpoint_id,
-            owner.account,
-            chosen,
-            limit=part.limit,
-            after=await told.place(owner.account_id, endpoint_id, "after", part.after),
-            before=await told.place(owner.account_id, endpoint_id, "before", part.before),
+            endpoint_id, owner.account, chosen, limit=part.limit, after=after, before=before
         )
         cursor = None if found.reached is None else told.cursor(endpoint_id, found.reached)
         return [told.line(record, webhook_id) for record in found.deliveries], cursor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from dispatcher.core.addresses import Guard
 from dispatcher.core.catalogue import Catalogue
@@ -14,6 +14,7 @@ from dispatcher.store.accounts import AccountStore
 from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
+from dispatcher.store.operator import OperatorStore
 from dispatcher.store.overview import OverviewStore
 from dispatcher.store.replays import ReplayStore
 from dispatcher.store.sessions import SessionStore
@@ -65,8 +66,19 @@ class Stores:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class Operator:
+    """What the operator's page is made of. `settings` are those in force, secrets masked: section → key → value."""
+
+    key: str = dataclasses.field(repr=False)
+    store: OperatorStore
+    settings: Mapping[str, Mapping[str, object]]
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Web:
-    """Everything that handlers use. A reload of the configuration replaces guard, catalogue and defaults in place."""
+    """Everything that handlers use. A reload of the configuration replaces guard, catalogue and defaults in place,
+    and what the operator is shown of it.
+    """
 
     accounts: AccountStore
     endpoints: EndpointStore
@@ -77,6 +89,7 @@ class Web:
     snapshot: Callable[[], Snapshot]
     log: Log | None = None  # None: no call about deliveries is served
     stores: Stores | None = None  # None: no dashboard is served
+    operator: Operator | None = None  # None: the operator has no page
     brand: str = "TrackPost"
     header_prefix: str = "X-Trackpost-"
     user_agent: str = "TrackPost-Webhooks/1.0"

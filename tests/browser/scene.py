@@ -10,7 +10,7 @@ from stage import Stage, until
 
 from dispatcher.core.catalogue import Catalogue
 
-ODD_DATA = '{"name": "Zoë ‮ gnp.exe", "html": "<script>alert(1)</script>", "n": 1.0, "emoji": "😀"}'
+ODD_DATA = '{"name": "Zoe \u202egnp.exe", "html": "<script>alert(1)</script>", "n": 1.0, "emoji": "\U0001f600"}'
 
 
 @dataclasses.dataclass

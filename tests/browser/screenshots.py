@@ -1,4 +1,7 @@
-"""Pictures of the dashboard: `python tests/browser/screenshots.py` makes those of the README, `--all DIRECTORY` every page."""
+"""Pictures of the dashboard: those of the README, or with `--all [NAME…] DIRECTORY` every page, or some, in every size.
+
+Run it by hand: python tests/browser/screenshots.py
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import asyncio
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from playwright.async_api import Browser, Page
 from scene import Scene, build
 from stage import OPERATOR_KEY, Stage, browser, chromium, stage
 
@@ -15,7 +20,22 @@ from dispatcher.store.database import migrate
 
 SHOWN = ("overview", "webhook", "delivery", "event-type")
 README = Path(__file__).parents[2] / "config" / "screenshots"
-WIDE, NARROW = (1440, 900), (360, 740)
+WIDE, NARROW, SHOWN_SIZE = (1440, 900), (360, 740), (1200, 780)
+
+# A day that there was no time for: a wave of deliveries, some of which failed first.
+HISTORY = """
+    INSERT INTO dispatcher.attempt (at, event_seq, event_xid, endpoint_id, generation, attempt, state, result, status,
+                                    duration_us)
+    SELECT now() - n * interval '90 seconds', o.seq, o.xid, e.id, nextval('dispatcher.generation_seq'), 1,
+           CASE WHEN n % 23 = 0 THEN 'retrying' WHEN n % 61 = 0 THEN 'exhausted' ELSE 'delivered' END,
+           CASE WHEN n % 23 = 0 OR n % 61 = 0 THEN '5xx' ELSE '2xx' END,
+           CASE WHEN n % 23 = 0 OR n % 61 = 0 THEN 502 ELSE 200 END,
+           (40000 + 25000 * sin(n / 40.0) + 30000 * random() ^ 4)::integer
+    FROM generate_series(2, 960) n CROSS JOIN dispatcher.endpoint e
+    CROSS JOIN LATERAL (SELECT seq, xid FROM dispatcher.outbox ORDER BY seq OFFSET n % 30 LIMIT 1) o
+    CROSS JOIN LATERAL generate_series(1, (2 + 2 * sin(n / 25.0) + random())::integer) copies
+    WHERE e.public_id = $1
+"""
 
 
 async def main(arguments: list[str]) -> None:
@@ -23,52 +43,43 @@ async def main(arguments: list[str]) -> None:
     executable = chromium()
     if executable is None:
         sys.exit("there is no chromium on this machine")
-    every, directory = "--all" in arguments, Path(arguments[-1]) if arguments else README
-    chosen = [argument for argument in arguments[:-1] if argument != "--all"]
+    every, given = "--all" in arguments, [argument for argument in arguments if argument != "--all"]
+    directory = Path(given.pop()) if every else README
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as state:
         async with EmbeddedPostgres(Path(state) / "postgres", None, ephemeral=True) as server:
             await migrate(server.dsn)
-            async with stage(server.dsn, Path(state)) as here:
+            async with stage(server.dsn, Path(state)) as here, browser(executable) as running:
                 scene = await build(here)
+                await here.pool.execute(HISTORY, scene.good["id"])
+                chosen = given or ([*scene.pages(), "operator"] if every else SHOWN)
                 for theme in ("light", "dark"):
-                    for size in (WIDE, NARROW) if every else (WIDE,):
-                        await shoot(executable, here, scene, directory, theme, size, every=every, chosen=chosen)
+                    for size in (WIDE, NARROW) if every else (SHOWN_SIZE,):
+                        page = await _enter(running, here, theme, size)
+                        for name in chosen:
+                            await _open(page, here, scene, name)
+                            suffix = f"-{size[0]}" if every else ""
+                            await page.screenshot(path=directory / f"{name}-{theme}{suffix}.png", full_page=every)
 
 
-async def shoot(
-    executable: str,
-    here: Stage,
-    scene: Scene,
-    directory: Path,
-    theme: str,
-    size: tuple[int, int],
-    *,
-    every: bool,
-    chosen: list[str],
-) -> None:
-    """One pass through the pages."""
-    async with browser(executable) as running:
-        page = await running.new_page(
-            viewport={"width": size[0], "height": size[1]}, color_scheme=theme, timezone_id="Europe/Berlin"
-        )
-        await page.goto(f"{here.url}/sign-in")
-        if every:
-            await page.screenshot(path=directory / f"sign-in-{theme}-{size[0]}.png")
-        await page.fill("#key", here.key)
+async def _enter(running: Browser, here: Stage, theme: Any, size: tuple[int, int]) -> Page:
+    page = await running.new_page(
+        viewport={"width": size[0], "height": size[1]}, color_scheme=theme, timezone_id="Europe/Berlin"
+    )
+    await page.goto(f"{here.url}/sign-in")
+    await page.fill("#key", here.key)
+    await page.click("button.wide")
+    return page
+
+
+async def _open(page: Page, here: Stage, scene: Scene, name: str) -> None:
+    if name != "operator":
+        await page.goto(here.url + scene.pages()[name])
+        return
+    await page.goto(f"{here.url}/operator")
+    if await page.locator("#key").count():
+        await page.fill("#key", OPERATOR_KEY)
         await page.click("button.wide")
-        pages = scene.pages()
-        for name, path in pages.items():
-            if (chosen and name not in chosen) or not (every or name in SHOWN):
-                continue
-            await page.goto(here.url + path)
-            suffix = f"-{size[0]}" if every else ""
-            await page.screenshot(path=directory / f"{name}-{theme}{suffix}.png", full_page=every)
-        if every and (not chosen or "operator" in chosen):
-            await page.goto(f"{here.url}/operator")
-            await page.fill("#key", OPERATOR_KEY)
-            await page.click("button.wide")
-            await page.screenshot(path=directory / f"operator-{theme}-{size[0]}.png", full_page=True)
 
 
 if __name__ == "__main__":

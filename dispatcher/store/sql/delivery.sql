@@ -60,19 +60,23 @@ SELECT * FROM (
     FROM dispatcher.pending WHERE endpoint_id = $1 AND event_seq = ANY ($2::bigint[]) LIMIT $3) p;
 
 -- name: everywhere
--- Everything on record about some events at all webhooks of an account, the latest change in front.
+-- Everything on record about some events at all webhooks of an account, the latest change in front. Lateral joins: one probe
+-- each, whatever the planner thinks.
 SELECT e.public_id AS webhook_id, e.url, e.status AS webhook_status, r.* FROM (
     SELECT a.endpoint_id, a.event_seq, a.generation, a.event_xid, a.at, a.state, a.attempt AS attempts, a.result, a.status,
            a.error, nullif(p.due_at, 'infinity') AS due_at, a.state <> 'retrying' OR p.due_at IS NOT NULL AS is_last
     FROM (SELECT * FROM dispatcher.attempt WHERE event_seq = ANY ($2::bigint[]) ORDER BY at DESC LIMIT $3) a
-    LEFT JOIN dispatcher.pending p ON p.endpoint_id = a.endpoint_id AND p.event_seq = a.event_seq
-                                  AND p.generation = a.generation AND p.attempts = a.attempt AND a.state = 'retrying'
+    LEFT JOIN LATERAL (
+        SELECT due_at FROM dispatcher.pending
+        WHERE endpoint_id = a.endpoint_id AND event_seq = a.event_seq AND generation = a.generation
+          AND attempts = a.attempt AND a.state = 'retrying' LIMIT 1) p ON true
     UNION ALL
     SELECT * FROM (
         SELECT endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, NULL::text, NULL::smallint, last_error,
                nullif(due_at, 'infinity'), attempts = 0
         FROM dispatcher.pending WHERE event_seq = ANY ($2::bigint[]) LIMIT $3) w) AS r
-JOIN dispatcher.endpoint e ON e.id = r.endpoint_id AND e.account_id = $1
+CROSS JOIN LATERAL (
+    SELECT public_id, url, status FROM dispatcher.endpoint WHERE id = r.endpoint_id AND account_id = $1 LIMIT 1) AS e
 WHERE r.is_last ORDER BY r.at DESC, r.generation DESC LIMIT $3;
 
 -- name: events

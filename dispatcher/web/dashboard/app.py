@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Final
+from typing import Final, Protocol
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -17,11 +17,13 @@ from dispatcher.web.dashboard.editing import Editing
 from dispatcher.web.dashboard.events import EventPages
 from dispatcher.web.dashboard.live import Live
 from dispatcher.web.dashboard.log import LogPage
+from dispatcher.web.dashboard.operator import OperatorPages
 from dispatcher.web.dashboard.overview import Overview
 from dispatcher.web.dashboard.rendering import Templates
 from dispatcher.web.dashboard.replaying import ReplayPages
 from dispatcher.web.dashboard.signin import SignIn
 from dispatcher.web.dashboard.trial import TrialPage
+from dispatcher.web.dashboard.types import TypePages
 from dispatcher.web.dashboard.visits import Door
 from dispatcher.web.dashboard.webhook import WebhookPages
 from dispatcher.web.dashboard.webhooks import WebhookList
@@ -29,6 +31,13 @@ from dispatcher.web.parts import Log, Stores, Web
 from dispatcher.web.problems import Problem
 
 PROGRAMS: Final = ("/v1", "/docs", "/openapi.json")  # what is said there is said in JSON
+
+
+class Pages(Protocol):
+    """What serves some pages."""
+
+    def routes(self) -> list[web.RouteDef]:
+        """Paths of the whole listener."""
 
 
 class Dashboard:
@@ -41,7 +50,7 @@ class Dashboard:
         )
         self._assets = assets
         self._live = Live(self._desk)
-        self._pages = (
+        self._pages: list[Pages] = [
             SignIn(self._desk),
             Overview(self._desk, self._live),
             WebhookList(self._desk, self._live),
@@ -52,8 +61,11 @@ class Dashboard:
             ReplayPages(self._desk),
             DeliveryPages(self._desk),
             EventPages(self._desk),
+            TypePages(self._desk),
             self._live,
-        )
+        ]
+        if parts.operator is not None:
+            self._pages.append(OperatorPages(self._desk, parts.operator))
 
     def routes(self) -> list[web.RouteDef]:
         """Paths of the whole listener."""

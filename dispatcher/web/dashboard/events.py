@@ -63,19 +63,20 @@ class EventPages:
     async def browse(self, request: web.Request) -> web.StreamResponse:
         """The list. An id in the search field leads to its event."""
         asked, owner = _asked(request), session_of(request).owner
-        error = {}
+        error = {"id": "", "type": ""}
         if asked.id:
             if await self._desk.parts.events.get(owner.account, asked.id) is not None:
                 raise web.HTTPSeeOther(f"/events/{asked.id}")
-            error = {"id": "There is no such event; it may be older than events are kept."}
+            error["id"] = "There is no such event; it may be older than events are kept."
         if asked.type and not is_type(asked.type):
             error["type"] = 'A type looks like "email.delivered".'
-        page = EventPage([], None) if error else await self._page(owner.account, asked)
+        is_wrong = any(error.values())
+        page = EventPage([], None) if is_wrong else await self._page(owner.account, asked)
         newer, older = _neighbours(asked, page)
         return self._desk.templates.page(
             request,
             "events.html",
-            status=422 if error else 200,
+            status=422 if is_wrong else 200,
             asked=asked,
             error=error,
             events=page.events,

@@ -12,16 +12,21 @@ export function hold(old, now, take) {
     if (!mine.has(key)) news += 1;
     else if (plain(row) !== plain(mine.get(key))) mine.get(key).replaceChildren(...[...row.childNodes].map((node) => document.importNode(node, true)));
   }
-  bar.hidden = !news;
+  offer(bar, news);
   if (!news) return undefined;
   const text = `${news}${news === fresh.size ? "+" : ""} new`;
   if (bar.textContent !== text) bar.textContent = text;
   bar.onclick = () => {
-    bar.hidden = true;
+    offer(bar, 0);
     take();
     old.querySelector("a")?.focus({ preventScroll: true });
   };
   return undefined;
+}
+
+function offer(bar, news) {
+  bar.hidden = !news;
+  bar.nextElementSibling.hidden = news > 0;
 }
 
 function rows(element) {

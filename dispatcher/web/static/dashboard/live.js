@@ -13,6 +13,8 @@ let lastLook = 0;
 
 /** Follow the account's changes while somebody looks. */
 export function live() {
+  const { liveEvery } = document.querySelector("main").dataset;
+  if (liveEvery) setInterval(() => document.hidden || look(), liveEvery * 1000); // nobody tells these pages of changes
   if (!document.querySelector("main[data-live-page]") || !document.querySelector("[data-live]")) return;
   let source = null;
   let closing = 0;
