@@ -104,7 +104,7 @@ class _Demonstration:
             _, key = await running.accounts.create_key(DEFAULT_ACCOUNT)
             await self._register(running.url, key)
             version = await database.fetchval("SHOW server_version")
-            self._introduce(running, version, time.monotonic() - began)
+            self._introduce(running, key, version, time.monotonic() - began)
             is_whole = await self._show_samples(running, database)
             if self._once:
                 return 0 if is_whole else FAILED
@@ -207,9 +207,10 @@ class _Demonstration:
     def _styled(self, text: str, **style: Any) -> str:
         return text if is_plain() else click.style(text, **style)
 
-    def _introduce(self, running: daemon.Daemon, version: str, took_s: float) -> None:
-        self._say(f"PostgreSQL {version.partition(' ')[0]}, engine and API are up after {took_s:.1f} s.")
-        self._say(f"API: {self._styled(running.url, bold=True)}")
+    def _introduce(self, running: daemon.Daemon, key: str, version: str, took_s: float) -> None:
+        self._say(f"PostgreSQL {version.partition(' ')[0]}, engine, API and dashboard are up after {took_s:.1f} s.")
+        self._say(f"Dashboard: {self._styled(running.url, bold=True)}")
+        self._say(f"API key to sign in with: {self._styled(key, bold=True)}")
         self._say(
             "Each delivery is verified twice: by printing the body again and hashing that, as the Express and Flask"
         )
@@ -255,7 +256,8 @@ class _Demonstration:
         url, dsn = running.url, shlex.quote(config.database.dsn)
         metrics = config.metrics.listen
         self._say()
-        self._say(f"  API                {url}")
+        self._say(f"  dashboard          {url}  (sign in with the API key)")
+        self._say(f"  API                {url}/v1, described at {url}/docs")
         if not metrics.endswith(":0"):
             self._say(f"  metrics            http://{metrics}/metrics")
         self._say(f"  API key            {key}")

@@ -46,6 +46,7 @@ _ENGINE_SETTINGS: Final = {
     "enable_sort": "off",
     # A lost host is noticed by the server too, so that its session locks (the lease among them) come free.
     "client_connection_check_interval": "500ms",
+    "idle_session_timeout": "0",  # an engine with nothing to write is not gone
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",

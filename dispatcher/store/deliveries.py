@@ -321,15 +321,18 @@ class DeliveryStore:
 
     # -- many
 
-    async def stats(self, endpoint_id: int, since: datetime, until: datetime, bucket: timedelta) -> Stats:
+    async def stats(
+        self, endpoint_id: int, since: datetime, until: datetime, bucket: timedelta, rows_max: int | None = None
+    ) -> Stats:
         """A webhook's log from `since` to before `until`, by buckets counted from the year 2000."""
-        rows = await self._db.fetch(self._sql["stats"], endpoint_id, since, until, bucket, self._stats_rows_max)
+        most = rows_max or self._stats_rows_max
+        rows = await self._db.fetch(self._sql["stats"], endpoint_id, since, until, bucket, most)
         whole = next(row for row in rows if row["kind"] == 3)
         return Stats(
             whole=_tally(whole),
             results={row["result"]: row["attempts"] for row in rows if row["kind"] == 2 and row["result"] is not None},
             buckets={row["bucket"]: _tally(row) for row in rows if row["kind"] == 1},
-            oldest=whole["oldest"] if whole["rows"] == self._stats_rows_max else None,
+            oldest=whole["oldest"] if whole["rows"] == most else None,
         )
 
 

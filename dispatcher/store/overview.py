@@ -23,6 +23,8 @@ HELD_MAX: Final = 10_000
 SPARK_ROWS: Final = 50  # of a webhook in one bar
 RECENT_WITHIN: Final = timedelta(days=7)
 
+_NEWEST: Final = "~"  # sorts behind every id
+
 BUCKETS_MAX: Final = 60
 BUCKETS: Final = tuple(timedelta(seconds=s) for s in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 10800))
 
@@ -33,6 +35,7 @@ class WebhookState(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     url: str
     description: str
+    events: list[str]
     status: EndpointStatus
     disabled_reason: str | None
     updated_at: datetime
@@ -129,9 +132,9 @@ class OverviewStore:
         self._traffic_rows = traffic_rows
         self._sql = statements("overview")
 
-    async def webhooks(self, account_id: int) -> list[WebhookState]:
-        """An account's webhooks, newest first, WEBHOOKS_MAX at most."""
-        rows = await self._db.fetch(self._sql["webhooks"], account_id, WEBHOOKS_MAX, self._waiting_rows)
+    async def webhooks(self, account_id: int, after: str = _NEWEST) -> list[WebhookState]:
+        """An account's webhooks, newest first: the WEBHOOKS_MAX that follow the id `after`."""
+        rows = await self._db.fetch(self._sql["webhooks"], account_id, WEBHOOKS_MAX, self._waiting_rows, after)
         return [msgspec.convert(dict(row), WebhookState) for row in rows]
 
     async def traffic(self, account_id: int, since: datetime, until: datetime) -> Traffic:

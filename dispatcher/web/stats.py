@@ -93,15 +93,21 @@ class StatsOf:
         window = request.query.get("window", WINDOW)
         return answer(await self.tell(caller(request).account_id, request.match_info["id"], window))
 
-    async def tell(self, account_id: int, webhook_id: str, window: str) -> StatsAnswer:
-        """A webhook's stats. Raises Problem when there is no such webhook, or that is no window."""
+    async def tell(self, account_id: int, webhook_id: str, window: str, rows_max: int | None = None) -> StatsAnswer:
+        """A webhook's stats. With `rows_max` they are of so many rows, and where that is not all, in shorter buckets.
+
+        Raises Problem: no such webhook, or no such window.
+        """
         window_s = _seconds(window)
         endpoint_id = await self._log.deliveries.endpoint(account_id, webhook_id)
         if endpoint_id is None:
             raise not_found("webhook")
         until = datetime.now(UTC)
         since, bucket = until - timedelta(seconds=window_s), bucket_of(window_s)
-        found = await self._log.deliveries.stats(endpoint_id, since, until, bucket)
+        found = await self._log.deliveries.stats(endpoint_id, since, until, bucket, rows_max)
+        if rows_max is not None and found.oldest is not None:
+            bucket = bucket_of((until - found.oldest).total_seconds())
+            found = await self._log.deliveries.stats(endpoint_id, since, until, bucket, rows_max)
         begin = found.oldest or since
         return StatsAnswer(
             webhook_id=webhook_id,

@@ -265,7 +265,7 @@ class Webhooks:
     async def rotate_secret(self, request: web.Request) -> web.Response:
         """Replace the secret; the old one signs on for a day, or for `grace_s`. The answer carries the new one."""
         no_query(request)
-        body = await read_optional_body(request, Rotation, {"secret": _check_secret})
+        body = await read_optional_body(request, Rotation, rotation_checks())
         secret = given_or_new(body.secret)
         account_id, webhook_id, expect = _named(request)
         grace = timedelta(seconds=body.grace_s)
@@ -320,6 +320,11 @@ def checks(parts: Web) -> dict[str, Check]:
         "retry": _check_retry,
         "max_concurrency": lambda most: _check_max_concurrency(parts, most),
     }
+
+
+def rotation_checks() -> dict[str, Check]:
+    """The same for a rotation."""
+    return {"secret": _check_secret}
 
 
 def _check_url(parts: Web, url: str) -> Iterator[FieldError]:

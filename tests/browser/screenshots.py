@@ -20,7 +20,22 @@ from dispatcher.store.database import migrate
 
 SHOWN = ("overview", "webhook", "delivery", "event-type")
 README = Path(__file__).parents[2] / "config" / "screenshots"
-WIDE, NARROW = (1440, 900), (360, 740)
+WIDE, NARROW, SHOWN_SIZE = (1440, 900), (360, 740), (1200, 780)
+
+# A day that there was no time for: a wave of deliveries, some of which failed first.
+HISTORY = """
+    INSERT INTO dispatcher.attempt (at, event_seq, event_xid, endpoint_id, generation, attempt, state, result, status,
+                                    duration_us)
+    SELECT now() - n * interval '90 seconds', o.seq, o.xid, e.id, nextval('dispatcher.generation_seq'), 1,
+           CASE WHEN n % 23 = 0 THEN 'retrying' WHEN n % 61 = 0 THEN 'exhausted' ELSE 'delivered' END,
+           CASE WHEN n % 23 = 0 OR n % 61 = 0 THEN '5xx' ELSE '2xx' END,
+           CASE WHEN n % 23 = 0 OR n % 61 = 0 THEN 502 ELSE 200 END,
+           (40000 + 25000 * sin(n / 40.0) + 30000 * random() ^ 4)::integer
+    FROM generate_series(2, 960) n CROSS JOIN dispatcher.endpoint e
+    CROSS JOIN LATERAL (SELECT seq, xid FROM dispatcher.outbox ORDER BY seq OFFSET n % 30 LIMIT 1) o
+    CROSS JOIN LATERAL generate_series(1, (2 + 2 * sin(n / 25.0) + random())::integer) copies
+    WHERE e.public_id = $1
+"""
 
 
 async def main(arguments: list[str]) -> None:
@@ -36,9 +51,10 @@ async def main(arguments: list[str]) -> None:
             await migrate(server.dsn)
             async with stage(server.dsn, Path(state)) as here, browser(executable) as running:
                 scene = await build(here)
+                await here.pool.execute(HISTORY, scene.good["id"])
                 chosen = given or ([*scene.pages(), "operator"] if every else SHOWN)
                 for theme in ("light", "dark"):
-                    for size in (WIDE, NARROW) if every else (WIDE,):
+                    for size in (WIDE, NARROW) if every else (SHOWN_SIZE,):
                         page = await _enter(running, here, theme, size)
                         for name in chosen:
                             await _open(page, here, scene, name)

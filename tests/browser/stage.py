@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,26 @@ async def browser(executable: str) -> AsyncIterator[Browser]:
         await running.close()
 
 
+Handler = Callable[[Mapping[str, str], bytes], tuple[int, bytes]]
+
+
 class Subscriber:
-    """Answers 200 at `/ok…`, what `answers` says elsewhere, and remembers what it got."""
+    """Answers 200, or what `answers` has for the path, and remembers what it got."""
 
     def __init__(self) -> None:
         self.url = ""
         self.got: list[tuple[str, dict[str, str], bytes]] = []
-        self.answers: dict[str, tuple[int, bytes]] = {}
+        self.answers: dict[str, tuple[int, bytes] | Handler] = {}
+
+    def at(self, path: str) -> list[tuple[dict[str, str], bytes]]:
+        """What came to a path: header fields and body."""
+        return [(headers, body) for where, headers, body in self.got if where == path]
 
     async def handle(self, request: web.Request) -> web.Response:
-        self.got.append((request.path, dict(request.headers), await request.read()))
-        status, body = self.answers.get(request.path, (200, b'{"received":true}'))
+        headers, sent = dict(request.headers), await request.read()
+        self.got.append((request.path, headers, sent))
+        answer = self.answers.get(request.path, (200, b'{"received":true}'))
+        status, body = answer if isinstance(answer, tuple) else answer(headers, sent)
         return web.Response(status=status, body=body, content_type="application/json", headers={"X-Served-By": "web-1"})
 
 

@@ -546,6 +546,12 @@ def _forget_instances(server: ModelPostgres, backend: Backend, *_: Any) -> list[
     return ["DELETE 1"]
 
 
+def _spread(columns: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """A column of one element says the same for every row."""
+    rows = len(columns[0])
+    return [column * rows if len(column) == 1 else column for column in columns]
+
+
 @_writes("shard", "flush", locks=("shard",))
 def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> list[Any]:
     shard = server.shard
@@ -562,7 +568,7 @@ def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> 
     if prev is not None:
         shard.update(prev=prev, prev_at=prev_at, cur=cur, at_xid=at_xid, at_seq=at_seq)
     rows = {
-        "attempts": list(zip(*arguments[8:20], strict=True)),
+        "attempts": list(zip(*_spread(arguments[8:20]), strict=True)),
         "pending": list(zip(*arguments[20:29], strict=True)),
         "settled": list(zip(*arguments[29:32], strict=True)),
         "discarded": list(zip(*arguments[32:34], strict=True)),

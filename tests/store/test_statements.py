@@ -17,10 +17,15 @@ PACKAGE = Path(dispatcher.__file__).parent
 FILES = sorted(file.stem for file in (PACKAGE / "store" / "sql").glob("*.sql"))
 SOURCES = {file: file.read_text() for file in PACKAGE.rglob("*.py")}
 
-WHOLE_TABLE = {("endpoint", "registry"), ("endpoint", "health")}  # once per change of a webhook, and at a take-over
+WHOLE_TABLE = {
+    ("endpoint", "registry"),  # once per change of a webhook, and at a take-over
+    ("endpoint", "health"),
+    ("overview", "engine"),  # a row for each daemon
+}
+SUMMED = {("overview", "traffic")}  # quantiles sort the rows they are of, which a LIMIT bounds
 OUTSIDE = [
     (file, name)
-    for file in ("account", "endpoint", "event")
+    for file in ("account", "endpoint", "event", "overview", "session")
     for name in statements(file)
     if (file, name) not in WHOLE_TABLE
 ] + [("delivery", "everywhere"), ("operator", "webhooks")]
@@ -68,6 +73,15 @@ async def _fill(dsn: str) -> None:
         INSERT INTO dispatcher.outbox (account, id, type, data, written_at)
             SELECT 'a' || n % 50, 'evt_' || n, 'a.b', '{}', now() + n % 3 * interval '1 day'
             FROM generate_series(1, 9000) n;
+        INSERT INTO dispatcher.attempt (at, event_seq, event_xid, endpoint_id, generation, attempt, state, duration_us)
+            SELECT now() + n % 3 * interval '1 day', n, '1', 1 + n % 5000, 0, 1, 'delivered', 1
+            FROM generate_series(1, 20000) n;
+        INSERT INTO dispatcher.pending
+            (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)
+            SELECT 1 + n % 5000, n, 0, '1', now(), 'pending', 0, now() FROM generate_series(1, 9000) n;
+        INSERT INTO dispatcher.session (hash, key_id, expires_at)
+            SELECT sha256(n::text::bytea), 'key_' || 1 + n % 5000, now() + n * interval '1 s'
+            FROM generate_series(1, 9000) n;
         INSERT INTO dispatcher.discarded_event (event_seq, reason) SELECT seq, 'x' FROM dispatcher.outbox;
         """
     )
@@ -105,7 +119,7 @@ async def test_what_the_outside_asks_is_found_by_an_index(connection: asyncpg.Co
         assert node["Node Type"] != "Seq Scan", node
         if node["Node Type"] in {"Index Scan", "Index Only Scan", "Bitmap Index Scan"}:
             assert "Index Cond" in node, node
-        if node["Node Type"] == "Sort":
+        if node["Node Type"] == "Sort" and (file, name) not in SUMMED:
             assert node["Plan Rows"] < 1000, node
 
 

@@ -2,36 +2,51 @@
 -- together that a page takes some ten milliseconds whatever the tables hold. Where a bound is met, the figures say so.
 
 -- name: webhooks
--- Each with what waits for it. The rows are in the order of the events, so the first is the oldest even where they are cut off.
+-- Each with what waits for it: $3 rows are counted in all, and what most webhooks leave of their share is for those with more.
+-- The rows are in the order of the events, so the first is the oldest even where they are cut off.
 WITH mine AS (
-    SELECT * FROM dispatcher.endpoint WHERE account_id = $1 ORDER BY public_id DESC LIMIT $2
+    SELECT * FROM dispatcher.endpoint WHERE account_id = $1 AND public_id < $4 COLLATE "C" ORDER BY public_id DESC LIMIT $2
 ), share AS (
     SELECT greatest(20, $3::integer / greatest(count(*), 1)) AS rows FROM mine
+), probe AS MATERIALIZED (
+    SELECT (SELECT count(*) FROM (SELECT FROM dispatcher.pending WHERE endpoint_id = m.id LIMIT (SELECT rows FROM share)) AS few)
+           AS rows FROM mine m
+), allowance AS (
+    SELECT greatest(s.rows, ($3 - coalesce(sum(p.rows) FILTER (WHERE p.rows < s.rows), 0))::bigint
+                            / greatest(count(*) FILTER (WHERE p.rows = s.rows), 1)) AS rows
+    FROM share s CROSS JOIN probe p GROUP BY s.rows
 )
-SELECT m.public_id AS id, m.url, m.description, m.status, m.disabled_reason, m.updated_at, h.failing_since, h.last_error,
-       w.waiting, w.waiting = s.rows AS is_cut, w.oldest_at, w.next_at
-FROM mine m CROSS JOIN share s LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = m.id
+SELECT m.public_id AS id, m.url, m.description, m.events, m.status, m.disabled_reason, m.updated_at, h.failing_since,
+       h.last_error, w.waiting, w.waiting = s.rows AS is_cut, w.oldest_at, w.next_at
+FROM mine m CROSS JOIN allowance s LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = m.id
 CROSS JOIN LATERAL (
     SELECT count(*) AS waiting, min(event_at) AS oldest_at, min(nullif(due_at, 'infinity')) AS next_at
     FROM (SELECT event_at, due_at FROM dispatcher.pending WHERE endpoint_id = m.id
-          ORDER BY endpoint_id, event_seq, generation LIMIT (SELECT rows FROM share)) AS p) AS w
+          ORDER BY endpoint_id, event_seq, generation LIMIT (SELECT rows FROM allowance)) AS p) AS w
 ORDER BY m.public_id DESC;
 
 -- name: traffic
--- The log from $3 to before $4, $5 rows at most, the newest: where some webhook has more, all of it begins where that one's
--- rows do, so that every bucket that is shown is whole but the first. The shortest of the lengths $6 that makes no more
--- than $7 buckets is chosen.
+-- The log from $3 to before $4, $5 rows at most, the newest. What webhooks with little traffic leave of their share is for the
+-- busy ones. Where one of those has more, all of it begins where that one's rows do, so that every bucket but the first is
+-- whole. The shortest of the lengths $6 that makes no more than $7 buckets is chosen.
 WITH mine AS (
     SELECT id FROM dispatcher.endpoint WHERE account_id = $1 ORDER BY public_id DESC LIMIT $2
 ), share AS (
     SELECT greatest(50, $5::integer / greatest(count(*), 1)) AS rows FROM mine
+), probe AS MATERIALIZED (
+    SELECT (SELECT count(*) FROM (SELECT FROM dispatcher.attempt WHERE endpoint_id = m.id AND at >= $3 AND at < $4
+                                  LIMIT (SELECT rows FROM share)) AS few) AS rows FROM mine m
+), allowance AS (
+    SELECT greatest(s.rows, ($5 - coalesce(sum(p.rows) FILTER (WHERE p.rows < s.rows), 0))::bigint
+                            / greatest(count(*) FILTER (WHERE p.rows = s.rows), 1)) AS rows
+    FROM share s CROSS JOIN probe p GROUP BY s.rows
 ), seen AS MATERIALIZED (
     SELECT m.id, a.at, a.state, a.result, a.duration_us / 1000.0 AS ms FROM mine m CROSS JOIN LATERAL (
         SELECT at, state, result, duration_us FROM dispatcher.attempt
-        WHERE endpoint_id = m.id AND at >= $3 AND at < $4 ORDER BY at DESC LIMIT (SELECT rows FROM share)) AS a
+        WHERE endpoint_id = m.id AND at >= $3 AND at < $4 ORDER BY at DESC LIMIT (SELECT rows FROM allowance)) AS a
 ), cut AS (
     SELECT max(oldest) AS at FROM (
-        SELECT min(at) AS oldest FROM seen GROUP BY id HAVING count(*) = (SELECT rows FROM share)) AS full_ones
+        SELECT min(at) AS oldest FROM seen GROUP BY id HAVING count(*) = (SELECT rows FROM allowance)) AS full_ones
 ), begun AS (
     SELECT coalesce((SELECT at FROM cut), $3::timestamptz) AS at
 ), width AS (

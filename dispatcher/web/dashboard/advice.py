@@ -1,6 +1,73 @@
-"""What failures mean, and what to do about them, in words."""
+"""What does not flow: since when, why, and what to do about it, in words."""
 
 from __future__ import annotations
+
+import dataclasses
+from datetime import datetime, timedelta
+from typing import Final
+
+from dispatcher.model import EndpointStatus
+from dispatcher.store.overview import WebhookState
+
+FAILING: Final = timedelta(seconds=30)  # of nothing but failures: less is a hiccup
+LATE: Final = timedelta(minutes=2)  # waiting this long without any reason on record
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """One thing that does not flow: since when, why, and where to put it right."""
+
+    level: str  # "bad" or "warn"
+    title: str
+    reason: str
+    since: datetime | None
+    remedy: str
+    webhook: WebhookState | None = None
+    resumable: bool = False
+
+
+def trouble_of(webhook: WebhookState, now: datetime) -> Trouble | None:
+    """What is wrong with a webhook; None if nothing is."""
+    if webhook.status is EndpointStatus.DISABLED:
+        return Trouble(
+            level="bad",
+            title="Disabled",
+            reason=f"Receives nothing: {webhook.disabled_reason}.",
+            since=webhook.updated_at,
+            remedy="Mend the endpoint, send a test event, then resume, and replay what it missed.",
+            webhook=webhook,
+            resumable=True,
+        )
+    if webhook.failing_since is not None and now - webhook.failing_since >= FAILING:
+        reason, remedy = explained(webhook.last_error)
+        return Trouble(
+            level="bad",
+            title="Failing",
+            reason=f"{reason} No attempt has succeeded since.",
+            since=webhook.failing_since,
+            remedy=remedy,
+            webhook=webhook,
+        )
+    if webhook.status is EndpointStatus.PAUSED:
+        return Trouble(
+            level="warn",
+            title="Paused",
+            reason="Its events are held.",
+            since=webhook.updated_at,
+            remedy="Resume it, and what is held is sent, the oldest first.",
+            webhook=webhook,
+            resumable=True,
+        )
+    if webhook.oldest_at is not None and now - webhook.oldest_at > LATE:
+        return Trouble(
+            level="warn",
+            title="Behind",
+            reason="It takes requests more slowly than events arrive, or some of them are being retried.",
+            since=webhook.oldest_at,
+            remedy="Look at what is being retried, or allow it more requests at a time.",
+            webhook=webhook,
+        )
+    return None
 
 
 def explained(error: str | None) -> tuple[str, str]:

@@ -13,14 +13,20 @@ from dispatcher.web.boundary import problem_of
 from dispatcher.web.dashboard.assets import Assets
 from dispatcher.web.dashboard.deliveries import DeliveryPages
 from dispatcher.web.dashboard.desk import Desk
+from dispatcher.web.dashboard.editing import Editing
 from dispatcher.web.dashboard.events import EventPages
 from dispatcher.web.dashboard.live import Live
+from dispatcher.web.dashboard.log import LogPage
 from dispatcher.web.dashboard.operator import OperatorPages
 from dispatcher.web.dashboard.overview import Overview
 from dispatcher.web.dashboard.rendering import Templates
+from dispatcher.web.dashboard.replaying import ReplayPages
 from dispatcher.web.dashboard.signin import SignIn
+from dispatcher.web.dashboard.trial import TrialPage
 from dispatcher.web.dashboard.types import TypePages
 from dispatcher.web.dashboard.visits import Door
+from dispatcher.web.dashboard.webhook import WebhookPages
+from dispatcher.web.dashboard.webhooks import WebhookList
 from dispatcher.web.parts import Log, Stores, Web
 from dispatcher.web.problems import Problem
 
@@ -46,7 +52,13 @@ class Dashboard:
         self._live = Live(self._desk)
         self._pages: list[Pages] = [
             SignIn(self._desk),
-            Overview(self._desk),
+            Overview(self._desk, self._live),
+            WebhookList(self._desk, self._live),
+            Editing(self._desk),
+            WebhookPages(self._desk, self._live),
+            LogPage(self._desk),
+            TrialPage(self._desk),
+            ReplayPages(self._desk),
             DeliveryPages(self._desk),
             EventPages(self._desk),
             TypePages(self._desk),

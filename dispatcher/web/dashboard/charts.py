@@ -223,7 +223,7 @@ def _table(title: str, series: Sequence[Series], slots: Sequence[_Slot]) -> Mark
     )
     return Markup(
         '<details class="chart-table"><summary>Values<span class="unseen"> of {0}</span></summary>'
-        '<div class="table" tabindex="0" role="region" aria-label="{0}: values"><table><thead><tr>'
+        '<div class="table" tabindex="0" role="group" aria-label="{0}: values"><table><thead><tr>'
         '<th scope="col">From</th>{1}</tr></thead><tbody>{2}</tbody></table></div></details>'
     ).format(title, head, rows)
 

@@ -174,8 +174,4 @@ def _waiting(record: DeliveryRecord, webhook: EndpointRecord, tries: str) -> str
         return f"{failed}Held, because its webhook is disabled. It is sent once that is resumed."
     if record.next_attempt_at is None:
         return f"{failed}Queued: it is sent as soon as the webhook can take it."
-    return (
-        f"{failed}Another attempt is due."
-        if failed
-        else "Handed to the sender: its first attempt is under way or next."
-    )
+    return failed.strip() or "Handed to the sender: its first attempt is under way or next."

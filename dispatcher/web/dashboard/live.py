@@ -2,14 +2,15 @@
 
 A page that hears `change` fetches itself once more and takes over what is marked as live: so there is one way to render
 anything, and what moves is escaped like what stands. One loop per account asks the database for its pulse, however many
-pages are open, and none runs when nobody looks.
+pages are open, and none runs when nobody looks. A page looks once more when its stream opens: by then every change is
+noticed, and what happened in between is on the page.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Final
 
 import structlog
@@ -21,7 +22,9 @@ from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.visits import session_of
 from dispatcher.web.problems import Problem
 
+LOOKING: Final = "X-Looking"  # "again": a page that was told to
 PULSE_S: Final = 1.0
+BEGIN_S: Final = 5.0  # the database takes longer than this only when it is away
 TROUBLE_S: Final = 3.0
 HEARTBEAT_S: Final = 15.0
 WRITE_S: Final = 30.0  # until a page that reads nothing is gone
@@ -46,7 +49,13 @@ class Watch:
         self._desk = desk
         self._owner = owner
         self._stirred = asyncio.Event()
+        self._begun = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name="dashboard pulse")
+
+    async def begun(self) -> None:
+        """Wait until everything that changes from now on will be noticed. Raises TimeoutError."""
+        async with asyncio.timeout(BEGIN_S):
+            await self._begun.wait()
 
     async def changed(self, seen: int, timeout_s: float) -> int:
         """Wait until there is news behind the beat `seen`, or the time is up; return the beat."""
@@ -75,6 +84,7 @@ class Watch:
                 if last and pulse != last:
                     self.stir()
                 last = pulse
+                self._begun.set()
             except TROUBLE as error:
                 log.warning("pulse.waiting", error=str(error) or type(error).__name__)
                 pause_s = TROUBLE_S
@@ -93,6 +103,15 @@ class Live:
         """Paths of the whole listener."""
         return [web.get("/live", self._desk.door.signed_in(self.stream), allow_head=False)]
 
+    def moment(self, request: web.Request) -> Hashable:
+        """A key under which an answer may be shared: by all pages that look because of the same change, and else by
+        nobody, so that whoever has just done something sees what came of it.
+        """
+        owner = session_of(request).owner
+        watch = self._watches.get(owner.account_id)
+        is_told = request.headers.get(LOOKING) == "again"
+        return (owner.account_id, watch.beat) if watch is not None and is_told else object()
+
     def close(self) -> None:
         """End every stream: pages come back to whoever serves then."""
         self._is_closed = True
@@ -103,6 +122,7 @@ class Live:
         """Say `change` whenever the account's pages may look different, `over` when the session is."""
         owner = session_of(request).owner
         with self._watching(owner) as watch:
+            await watch.begun()
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
             await response.prepare(request)
             with contextlib.suppress(ConnectionError, TimeoutError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -16,9 +15,11 @@ from dispatcher.model import EndpointStatus
 from dispatcher.store.overview import Happening, Traffic, WebhookState
 from dispatcher.telemetry import Snapshot
 from dispatcher.web.dashboard import charts
-from dispatcher.web.dashboard.advice import explained
+from dispatcher.web.dashboard.advice import Trouble, trouble_of
 from dispatcher.web.dashboard.desk import Desk
+from dispatcher.web.dashboard.live import Live
 from dispatcher.web.dashboard.rendering import duration
+from dispatcher.web.dashboard.shared import Shared
 from dispatcher.web.dashboard.visits import session_of, utc_now, visit_of
 
 OUTCOMES: Final = (
@@ -29,24 +30,9 @@ OUTCOMES: Final = (
 WINDOW: Final = timedelta(hours=1)
 FEED: Final = 12
 WORST: Final = 6
-KEPT_S: Final = 1.0  # how long all pages of an account are given the same figures
+KEPT_S: Final = 5.0
 ENGINE_AWAY: Final = timedelta(seconds=10)  # without a heartbeat; a take-over takes less than one
 LAG_S: Final = 30.0  # committed this long ago and not read yet: something is wrong
-FAILING: Final = timedelta(seconds=30)  # of nothing but failures: less is a hiccup
-LATE: Final = timedelta(minutes=2)  # waiting this long without any reason on record
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Trouble:
-    """One thing that does not flow: since when, why, and where to put it right."""
-
-    level: str  # "bad" or "warn"
-    title: str
-    reason: str
-    since: datetime | None
-    remedy: str
-    webhook: WebhookState | None = None
-    resumable: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +75,10 @@ class Figures:
 class Overview:
     """The page."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, live: Live) -> None:
         self._desk = desk
-        self._known: dict[int, tuple[float, asyncio.Task[Figures]]] = {}
+        self._live = live
+        self._known: Shared[Figures] = Shared(KEPT_S)
 
     def routes(self) -> list[web.RouteDef]:
         """Paths of the whole listener."""
@@ -99,7 +86,8 @@ class Overview:
 
     async def show(self, request: web.Request) -> web.StreamResponse:
         """Everything in one look."""
-        figures = await self._figures(session_of(request).owner.account_id)
+        account_id = session_of(request).owner.account_id
+        figures = await self._known.get(self._live.moment(request), lambda: self._look(account_id))
         return self._desk.templates.page(
             request,
             "overview.html",
@@ -109,15 +97,6 @@ class Overview:
             worst_shown=WORST,
             delivery_id=lambda happening: self._desk.log.ids.id_of(*happening.key),
         )
-
-    async def _figures(self, account_id: int) -> Figures:
-        """An account's figures; pages that ask within a moment share them."""
-        now = asyncio.get_running_loop().time()
-        self._known = {key: known for key, known in self._known.items() if now - known[0] < KEPT_S}
-        if account_id not in self._known:
-            task = asyncio.create_task(self._look(account_id), name="dashboard overview")
-            self._known[account_id] = (now, task)
-        return await asyncio.shield(self._known[account_id][1])
 
     async def _look(self, account_id: int) -> Figures:
         now, store = utc_now(), self._desk.stores.overview
@@ -136,7 +115,7 @@ class Overview:
 def _chart(traffic: Traffic, zone: ZoneInfo | None) -> Markup:
     """Deliveries by when they ended, and failed attempts that will be followed by another one."""
     rows = [charts.Bar(one.at, (one.delivered, one.retrying, one.failed)) for one in traffic.slices]
-    return charts.bars(rows, OUTCOMES, title="Deliveries", length=traffic.length, zone=zone or UTC)
+    return charts.bars(rows, OUTCOMES, title=f"Deliveries, {_span(traffic)}", length=traffic.length, zone=zone or UTC)
 
 
 def _span(traffic: Traffic) -> str:
@@ -171,51 +150,8 @@ def _of_engine(engine: tuple[datetime, Snapshot] | None, now: datetime) -> list[
 
 
 def _of_webhooks(webhooks: Sequence[WebhookState], now: datetime) -> list[Trouble]:
-    found = (_trouble(webhook, now) for webhook in webhooks)
+    found = (trouble_of(webhook, now) for webhook in webhooks)
     return [trouble for trouble in found if trouble is not None]
-
-
-def _trouble(webhook: WebhookState, now: datetime) -> Trouble | None:
-    if webhook.status is EndpointStatus.DISABLED:
-        return Trouble(
-            level="bad",
-            title="Disabled",
-            reason=f"Receives nothing: {webhook.disabled_reason}.",
-            since=webhook.updated_at,
-            remedy="Mend the endpoint, send a test event, then resume, and replay what it missed.",
-            webhook=webhook,
-            resumable=True,
-        )
-    if webhook.failing_since is not None and now - webhook.failing_since >= FAILING:
-        reason, remedy = explained(webhook.last_error)
-        return Trouble(
-            level="bad",
-            title="Failing",
-            reason=f"{reason} No attempt has succeeded since.",
-            since=webhook.failing_since,
-            remedy=remedy,
-            webhook=webhook,
-        )
-    if webhook.status is EndpointStatus.PAUSED:
-        return Trouble(
-            level="warn",
-            title="Paused",
-            reason="Its events are held.",
-            since=webhook.updated_at,
-            remedy="Resume it, and what is held is sent, the oldest first.",
-            webhook=webhook,
-            resumable=True,
-        )
-    if webhook.oldest_at is not None and now - webhook.oldest_at > LATE:
-        return Trouble(
-            level="warn",
-            title="Behind",
-            reason="It takes requests more slowly than events arrive, or some of them are being retried.",
-            since=webhook.oldest_at,
-            remedy="Look at what is being retried, or allow it more requests at a time.",
-            webhook=webhook,
-        )
-    return None
 
 
 def _rank(trouble: Trouble) -> tuple[bool, float]:

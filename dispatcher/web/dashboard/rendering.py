@@ -11,7 +11,9 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from typing import Any, Final
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import jinja2
@@ -50,6 +52,7 @@ NOTES: Final = {
 }
 """What a page says once after something was done: its address names one of them as `?note=`."""
 
+_STATUSES: Final = frozenset(status.value for status in HTTPStatus)
 _STEPS: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -74,6 +77,8 @@ class Templates:
             "place": place,
             "breakable": breakable,
             "visible": visible,
+            "phrase": phrase,
+            "target": target,
         }
         self._environment.globals |= {
             "asset": assets.path,
@@ -166,7 +171,7 @@ def duration(seconds: float | timedelta) -> str:
         if left >= size:
             count, rest = divmod(left, size)
             small = ""
-            if unit in {"d", "h"} and count < 10:
+            if unit == "h" or (unit == "d" and count < 10):
                 next_size, next_unit = _STEPS[place + 1]
                 small = f" {rest // next_size:.0f} {next_unit}" if rest >= next_size else ""
             return f"{count:.0f} {unit}{small}"
@@ -203,6 +208,17 @@ def milliseconds(value: float | None) -> str:
 def place(url: str) -> str:
     """Where a URL points, without what all of them begin with."""
     return url.partition("://")[2].removesuffix("/") or url
+
+
+def target(url: str) -> str:
+    """What a request line asks for."""
+    parts = urlsplit(url)
+    return f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}"
+
+
+def phrase(status: int) -> str:
+    """What a status code is called; nothing for those that have no name."""
+    return HTTPStatus(status).phrase if status in _STATUSES else ""
 
 
 def breakable(name: str) -> Markup:

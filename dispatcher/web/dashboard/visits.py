@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import re
 import secrets
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import quote, urlsplit
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from aiohttp import web
@@ -35,6 +36,8 @@ THEMES: Final = ("light", "dark")
 
 SIGN_IN_BURST: Final = 20
 SIGN_IN_PER_SECOND: Final = 0.2
+
+_is_zone: Final = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*(?:/[A-Za-z0-9_+-]+){0,2}").fullmatch
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -229,8 +232,8 @@ def _token(session_id: str) -> str:
 
 def _zone(name: str) -> ZoneInfo | None:
     try:
-        return ZoneInfo(name) if name else None
-    except (ValueError, OSError):  # what is no zone here, a folder among them, or leads out of their directory
+        return ZoneInfo(name) if _is_zone(name) else None
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # no zone of this system's, or a folder of them
         return None
 
 

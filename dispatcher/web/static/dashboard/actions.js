@@ -12,7 +12,13 @@ export function enhance() {
   });
   document.addEventListener("change", (event) => {
     if (event.target.matches("[data-submit]")) event.target.form.requestSubmit();
+    if (event.target.matches("[data-sample-of]")) fillSample(event.target);
   });
+  const address = document.querySelector("[data-address]");
+  if (address) history.replaceState(null, "", address.dataset.address); // to load it again sends nothing again
+  const theme = document.querySelector("[data-theme-form] button");
+  const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
+  if (theme && !document.documentElement.dataset.theme && isDark) offerTheme(theme, "light");
   const url = new URL(location.href);
   if (url.searchParams.has("note")) {
     url.searchParams.delete("note");
@@ -61,6 +67,14 @@ function flash(button, text) {
   setTimeout(() => (button.textContent = before), 1500);
 }
 
+/** Put the sample of the chosen type into its field, unless somebody has written there. */
+function fillSample(select) {
+  const area = document.getElementById(select.dataset.sampleOf);
+  const samples = [...select.options].map((option) => option.dataset.sample);
+  const sample = select.selectedOptions[0].dataset.sample;
+  if (sample !== undefined && (samples.includes(area.value) || !area.value.trim())) area.value = sample;
+}
+
 function onSubmit(event) {
   const form = event.target;
   if (form.matches("[data-theme-form]")) {
@@ -76,11 +90,15 @@ function onSubmit(event) {
 
 function switchTheme(button) {
   const theme = button.value;
+  offerTheme(button, theme === "dark" ? "light" : "dark");
   document.documentElement.dataset.theme = theme;
   document.querySelector('meta[name="color-scheme"]').content = theme;
   document.cookie = `dispatcher_theme=${theme}; ${PREFERENCE}`;
-  button.value = theme === "dark" ? "light" : "dark";
-  button.textContent = theme === "dark" ? "Light" : "Dark";
+}
+
+function offerTheme(button, theme) {
+  button.value = theme;
+  button.textContent = theme === "dark" ? "Dark" : "Light";
 }
 
 // A page that comes back from the browser's memory may be sent again.

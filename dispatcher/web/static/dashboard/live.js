@@ -25,7 +25,10 @@ export function live() {
     source.addEventListener("change", look);
     source.addEventListener("over", () => location.reload());
     source.addEventListener("error", () => state("Reconnecting"));
-    source.addEventListener("open", () => state("Live"));
+    source.addEventListener("open", () => {
+      state("Live");
+      look(); // whatever changed since the page was made, or while the stream was broken
+    });
   };
   const close = () => {
     source?.close();
@@ -33,10 +36,7 @@ export function live() {
   };
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) closing = setTimeout(close, HIDDEN_MS);
-    else {
-      if (!source) look();
-      open();
-    }
+    else open();
   });
   addEventListener("pagehide", close);
   addEventListener("pageshow", (event) => event.persisted && open());
@@ -53,7 +53,7 @@ export async function look() {
   try {
     await new Promise((resolve) => setTimeout(resolve, Math.max(0, lastLook + BETWEEN_MS - Date.now())));
     lastLook = Date.now();
-    const response = await fetch(location.href, { headers: { Accept: "text/html" }, redirect: "manual" });
+    const response = await fetch(location.href, { headers: { Accept: "text/html", "X-Looking": "again" }, redirect: "manual" });
     if (response.type === "opaqueredirect") location.reload();
     else if (response.ok) take(new DOMParser().parseFromString(await response.text(), "text/html"));
   } catch {

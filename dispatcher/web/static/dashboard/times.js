@@ -50,7 +50,7 @@ export function duration(seconds) {
     if (left < size) continue;
     const count = Math.floor(left / size);
     left -= count * size;
-    if (size < 3600 || count >= 10) return `${count} ${unit}`;
+    if (size < 3600 || (unit === "d" && count >= 10)) return `${count} ${unit}`;
     const [nextSize, nextUnit] = STEPS[place + 1];
     return left >= nextSize ? `${count} ${unit} ${Math.floor(left / nextSize)} ${nextUnit}` : `${count} ${unit}`;
   }

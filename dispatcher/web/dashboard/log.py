@@ -1,0 +1,139 @@
+"""The log of one webhook: its deliveries, by filters that stand in the address, a page at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, tzinfo
+from typing import Final
+from urllib.parse import urlencode
+
+from aiohttp import web
+
+from dispatcher.model import DeliveryState, Result
+from dispatcher.web.answers import Wanted, check_query, moment
+from dispatcher.web.chronicle import DeliveryAnswer
+from dispatcher.web.dashboard.desk import WEBHOOK, Desk
+from dispatcher.web.dashboard.editing import Errors, field_errors
+from dispatcher.web.dashboard.visits import session_of, visit_of
+from dispatcher.web.dashboard.webhook import subject_of
+from dispatcher.web.deliveries import FILTERS, Deliveries
+from dispatcher.web.problems import FieldError, Problem
+
+PAGE: Final = 30
+STATES: Final = [state for state in DeliveryState if state is not DeliveryState.IN_FLIGHT]
+
+_is_local: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d(\.\d+)?)?").fullmatch
+_is_cursor: Final = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
+
+
+class LogPage:
+    """The page."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._deliveries = Deliveries(desk.parts, desk.log)
+
+    def routes(self) -> list[web.RouteDef]:
+        """Paths of the whole listener."""
+        return [self._desk.page(f"{WEBHOOK}/deliveries", self.browse)]
+
+    async def browse(self, request: web.Request) -> web.StreamResponse:
+        """A page of the list."""
+        check_query(request, *FILTERS, "id", "after", "before", "note")
+        subject = await subject_of(self._desk, request)
+        zone = visit_of(request).zone or UTC
+        given = {name: value.strip() for name, value in request.query.items() if value.strip() and name != "note"}
+        if given.get("id", "").startswith("dlv_"):
+            raise web.HTTPSeeOther(f"/deliveries/{given['id']}") if _is_cursor(given["id"]) else _no_id()
+        filters = _only(given, *FILTERS)
+        errors, rows, cursor = Errors(), list[DeliveryAnswer](), None
+        try:
+            rows, cursor = await self._listed(request, _asked(filters, given, zone), given)
+        except Problem as problem:
+            if problem.status != 422:
+                raise
+            errors = field_errors(problem.errors)
+        kept = {**filters, **_only(given, "id")}
+        newer, older = _pages(request.path, kept, given, rows, cursor)
+        return self._desk.templates.page(
+            request,
+            "webhook-log.html",
+            status=422 if errors else 200,
+            rows=rows,
+            newer=newer,
+            older=older,
+            filters={name: _shown(given.get(name, ""), name, zone) for name in (*FILTERS, "id")},
+            is_filtered=bool(filters or "id" in given),
+            is_first="after" not in given and "before" not in given,
+            errors=errors,
+            states=STATES,
+            results=list(Result),
+            types=self._desk.parts.catalogue.names(),
+            zone=str(zone),
+            **subject,
+        )
+
+    async def _listed(
+        self, request: web.Request, filters: Mapping[str, str], given: Mapping[str, str]
+    ) -> tuple[list[DeliveryAnswer], str | None]:
+        after, before = given.get("after"), given.get("before")
+        if (after and before) or not all(_is_cursor(text) for text in (after, before) if text):
+            after = before = None
+        part = Wanted(PAGE, after, before, filters)
+        return await self._deliveries.listed(session_of(request).owner, request.match_info["id"], part)
+
+
+def _asked(filters: Mapping[str, str], given: Mapping[str, str], zone: tzinfo) -> dict[str, str]:
+    """Filters as the API has them: times with their zone, an event's id among them."""
+    asked = {name: utc_of(value, zone) if name in {"since", "until"} else value for name, value in filters.items()}
+    if "id" in given:
+        asked["event_id"] = given["id"]
+    return asked
+
+
+def utc_of(text: str, zone: tzinfo) -> str:
+    """What a browser's field holds is a time of day where the reader is."""
+    if not _is_local(text):
+        return text
+    try:
+        return moment(datetime.fromisoformat(text).replace(tzinfo=zone)) or text
+    except (ValueError, OverflowError):
+        return text
+
+
+def _shown(text: str, name: str, zone: tzinfo) -> str:
+    """What the field shows: a shared address may hold the time in another zone."""
+    if name not in {"since", "until"} or not text:
+        return text
+    if _is_local(text):
+        return text[:16]
+    try:
+        return datetime.fromisoformat(text.replace(" ", "+")).astimezone(zone).strftime("%Y-%m-%dT%H:%M")
+    except (ValueError, OverflowError):
+        return ""
+
+
+def _no_id() -> Problem:
+    error = FieldError("id", "expected the id of an event or a delivery")
+    return Problem(422, "invalid_request", "That is no id of an event or a delivery.", errors=[error])
+
+
+def _only(given: Mapping[str, str], *names: str) -> dict[str, str]:
+    return {name: given[name] for name in names if name in given}
+
+
+def _pages(
+    path: str, filters: Mapping[str, str], given: Mapping[str, str], rows: list[DeliveryAnswer], cursor: str | None
+) -> tuple[str | None, str | None]:
+    """Where the neighbours of this page are: the newer one, the older one."""
+
+    def link(**cursors: str) -> str:
+        query = urlencode(dict(filters) | cursors)
+        return f"{path}?{query}" if query else path
+
+    if "before" in given:
+        newer = link(before=cursor) if cursor else link()
+        return newer, link(after=rows[-1].id) if rows else link()
+    newer = link(before=rows[0].id) if rows else link()
+    return (newer if "after" in given else None), (link(after=cursor) if cursor else None)
