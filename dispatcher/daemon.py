@@ -27,7 +27,8 @@ from dispatcher.core.backoff import PRESETS
 from dispatcher.core.catalogue import Catalogue
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.embedded import EmbeddedPostgres
-from dispatcher.engine.engine import Engine, EngineSettings
+from dispatcher.engine.engine import EngineSettings
+from dispatcher.engine.fleet import Fleet
 from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.engine.trials import SingleShot, is_released
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, DispatcherError
@@ -167,7 +168,7 @@ class Daemon:
     """A running daemon, as whoever started it sees it."""
 
     config: Config
-    engine: Engine
+    engine: Fleet
     pool: Any
     accounts: AccountStore
     web: Web
@@ -293,7 +294,7 @@ async def run(
         guard=guard,
     )
     ids = DeliveryIds(bytes.fromhex(settings["delivery_id_key"]))
-    engine = Engine(_engine_settings(config), transport=transport, guard=guard, vault=vault, ids=ids)
+    engine = Fleet(_engine_settings(config), transport=transport, guard=guard, vault=vault, ids=ids)
     pool = await open_pool(config.database.dsn, size=config.database.pool_size)
     accounts = AccountStore(pool, config.brand.key_prefix)
     async with contextlib.AsyncExitStack() as stack:
@@ -364,8 +365,8 @@ async def _announce(daemon: Daemon, running: asyncio.Task[None], on_ready: Calla
     engine = daemon.engine
     while not engine.settled and not running.done():  # noqa: ASYNC110  either may come first, and one of them is a task
         await asyncio.sleep(READY_POLL_S)
-    log.info("ready", api=daemon.url, database=place(daemon.config.database.dsn), role=engine.role)
-    systemd.notify("READY=1", f"STATUS={engine.role}")
+    log.info("ready", api=daemon.url, database=place(daemon.config.database.dsn), role=engine.snapshot().role)
+    systemd.notify("READY=1", f"STATUS={engine.snapshot().role}")
     if on_ready is not None:
         on_ready(daemon)
     every = systemd.watchdog_s() or STATUS_S

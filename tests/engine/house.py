@@ -222,6 +222,7 @@ class House:
         """Drain it."""
         running.engine.stop()
         await asyncio.wait_for(running.task, PATIENCE_S)
+        await running.engine.deliverer._transport.close()
         self.engines.remove(running)
         running.check()
 
