@@ -79,6 +79,8 @@ class Fleet:
         self._joining: asyncio.Task[None] | None = None  # a session that is not under way yet
         self._stopping = False
         self._looked = False  # at who holds what, at least once
+        self._is_one_of_several = False
+        self._others: list[Snapshot] = []
 
     # ── life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -100,6 +102,7 @@ class Fleet:
         """Take changed settings over while running."""
         self.settings = settings
         self._guard = guard
+        self._transport.use_guard(guard)
         for engine in self.engines.values():
             engine.reconfigure(settings, guard)
 
@@ -174,12 +177,14 @@ class Fleet:
                 beat_at = self._loop.time() + HEARTBEAT_S
                 with self.telemetry.timed("heartbeat"):
                     await self._instance.beat(connection)
+                self._others = await self._instance.others(connection) if self._is_one_of_several else []
             await until_rung(self._bell, LOOK_S)
             self._bury_ended()
 
     async def _look(self, fleet: FleetStore) -> None:
         """See who is there and who holds what, and move towards our share."""
         view = await fleet.view()
+        self._is_one_of_several = len(view.members) > 1
         for engine in self.engines.values():
             if engine.shards != view.count:
                 engine.stop()  # without a lease: the number changes only while nobody has one
@@ -246,3 +251,7 @@ class Fleet:
             connections=self._transport.count_connections(),
             **self.telemetry.counters(),
         )
+
+    def everything(self) -> Snapshot:
+        """All engines on this database together: ours now, the others' as of a second or two ago."""
+        return total([self.snapshot(), *self._others])

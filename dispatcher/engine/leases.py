@@ -64,6 +64,15 @@ class Instance:
             msgspec.json.encode(snapshot).decode(),
         )
 
+    async def others(self, connection: Any) -> list[Snapshot]:
+        """What other processes with an engine last wrote. `connection` may be a pool."""
+        rows = await connection.fetch(statements("shard")["instances"])
+        return [
+            msgspec.json.decode(row["snapshot"], type=Snapshot)
+            for row in rows
+            if row["id"] != self.id and row["role"] != "web"
+        ]
+
     async def leave(self, connection: Any) -> None:
         """Remove it, and those of daemons long dead."""
         await connection.execute(statements("shard")["forget_instances"], self.id)

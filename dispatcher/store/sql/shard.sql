@@ -75,6 +75,10 @@ DELETE FROM dispatcher.instance WHERE heartbeat_at < now() - interval '1 day' OR
 SELECT id, host, pid, role, version, started_at, heartbeat_at, snapshot FROM dispatcher.instance
 WHERE heartbeat_at > now() - interval '5 seconds' ORDER BY started_at;
 
+-- name: shards
+SELECT s.id, s.prev_at, (SELECT count(*) FROM dispatcher.endpoint e WHERE e.shard = s.id) AS webhooks
+FROM dispatcher.shard s ORDER BY s.id;
+
 -- name: settings
 SELECT key, value FROM dispatcher.setting;
 
