@@ -31,10 +31,10 @@ from dispatcher.core.backoff import reconnect_delay_s
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.shards import Moves, moves
 from dispatcher.engine.engine import Engine, EngineSettings
-from dispatcher.engine.leases import FLEET, HEARTBEAT_S, Instance, until_rung
+from dispatcher.engine.leases import CLOSE_S, FLEET, HEARTBEAT_S, Instance, until_rung
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import DatabaseUnreachable
-from dispatcher.store.database import TROUBLE, check_schema, connect
+from dispatcher.store.database import TROUBLE, check_schema, close, connect
 from dispatcher.store.fleet import MEMBER_MAX, FleetStore
 from dispatcher.store.shard import ShardStore
 from dispatcher.store.vault import Vault
@@ -160,10 +160,10 @@ class Fleet:
             self.database = True
             self._joining = None
             await self._take_part(connection, fleet)
-            await self._instance.leave(connection)
-            await connection.close(timeout=2)
+            async with asyncio.timeout(CLOSE_S):
+                await self._instance.leave(connection)
         finally:
-            connection.terminate()
+            await close(connection, CLOSE_S)
 
     async def _take_part(self, connection: Any, fleet: FleetStore) -> None:
         is_member, beat_at = True, 0.0

@@ -18,6 +18,7 @@ from dispatcher.store.outbox import Snapshot
 SILENT: Final = timedelta(seconds=10)
 """How long a session that speaks every second may be silent before its process is taken to hang."""
 
+VIEW_TIMEOUT_S: Final = 5.0  # a member that does not see the others is none
 MEMBER_MAX: Final = 2**31 - 1  # ids are keys of advisory locks
 SPREAD_TIMEOUT_S: Final = 3600.0  # a change of the number writes every pending row
 
@@ -52,7 +53,7 @@ class FleetStore:
 
     async def view(self) -> Holdings:
         """Who is there and holds what. Whoever hangs is not there and holds nothing."""
-        rows = await self._connection.fetch(self._sql["view"], SILENT)
+        rows = await self._connection.fetch(self._sql["view"], SILENT, timeout=VIEW_TIMEOUT_S)
         return Holdings(
             count=next(row["key"] for row in rows if row["what"] == "shards"),
             members=frozenset(row["key"] for row in rows if row["what"] == "member"),

@@ -135,6 +135,8 @@ class Backend:
         self.channels: dict[str, None] = {}
         self.leases: dict[int, None] = {}
         self.alive = True
+        self.spoke_at = server.clock()  # when its last statement ended
+        self.member = 0  # whose leases it holds
         self.transaction: Transaction | None = None
         self.asynchronous = False  # synchronous_commit = off
         self.on_end: Callable[[], None] = lambda: None
@@ -152,11 +154,16 @@ class Backend:
         if self.transaction is not None:
             self.transaction.abort()
             self.transaction = None
-        server.sleepers.pop(self, None)
-        for lease in self.leases:
-            del server.leases[lease]
+        self.let_go()
         del server.backends[self]
         self.on_end()
+
+    def let_go(self) -> None:
+        """Every advisory lock of the session."""
+        self.server.sleepers.pop(self, None)
+        for lease in self.leases:
+            del self.server.leases[lease]
+        self.leases.clear()
 
 
 class Watch:
@@ -240,9 +247,12 @@ class ModelPostgres:
             self.saved(transaction, None)
             self.watch.committed(transaction)
         for channel, payload in transaction.notes:
-            for backend in self.backends:
-                if channel in backend.channels:
-                    backend.deliver(channel, payload)
+            self.notify(channel, payload)
+
+    def notify(self, channel: str, payload: str) -> None:
+        for backend in self.backends:
+            if channel in backend.channels:
+                backend.deliver(channel, payload)
 
     def ended(self, transaction: Transaction) -> None:
         if transaction.xid:
@@ -498,7 +508,7 @@ def _take_over(server: ModelPostgres, transaction: Transaction, shard: int) -> l
 
 @_reads("shard", "cursor")
 def _cursor(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
-    return [Record(**server.shard)]
+    return [Record(**server.shard, shards=1)]
 
 
 @_reads("shard", "fall_asleep")
@@ -527,14 +537,31 @@ def _gauges(server: ModelPostgres, backend: Backend) -> list[Any]:
     return [(max(server.seq, 1), None if oldest is None else server.pending[oldest][4])]
 
 
-@_reads("shard", "heartbeat")
-def _heartbeat(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
-    return ["INSERT 0 1"]
+@_reads("fleet", "sign")
+def _sign(server: ModelPostgres, backend: Backend, member: int) -> list[Any]:
+    backend.member = member
+    return [(True,)]
 
 
-@_reads("shard", "forget_instances")
-def _forget_instances(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
-    return ["DELETE 1"]
+@_reads("fleet", "part")
+def _part(server: ModelPostgres, backend: Backend) -> list[Any]:
+    backend.let_go()
+    server.notify("dispatcher_fleet", "")
+    return [(None, None)]
+
+
+@_reads("fleet", "renew")
+def _renew(server: ModelPostgres, backend: Backend) -> list[Any]:
+    return []
+
+
+@_reads("fleet", "evict")
+def _evict(server: ModelPostgres, backend: Backend, shard: int, silent: timedelta) -> list[Any]:
+    holder = server.leases.get(shard)
+    if holder is None or holder.spoke_at >= server.clock() - silent:
+        return [(0,)]
+    holder.end()
+    return [(1,)]
 
 
 @_writes("shard", "flush", locks=("shard",))
@@ -625,12 +652,12 @@ def _pull(server: ModelPostgres, backend: Backend, *columns: Sequence[int]) -> l
 
 
 @_reads("pending", "held_endpoints")
-def _held_endpoints(server: ModelPostgres, backend: Backend) -> list[Any]:
+def _held_endpoints(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
     return [(endpoint,) for endpoint in sorted(server._held)]
 
 
 @_reads("pending", "heads")
-def _heads(server: ModelPostgres, backend: Backend) -> list[Any]:
+def _heads(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
     heads: dict[int, Key] = {}
     for key, row in server.pending.items():
         webhook = server.endpoints.get(key[0])
@@ -667,7 +694,7 @@ _DEFAULTS: Final = {
 
 
 @_reads("endpoint", "registry")
-def _registry(server: ModelPostgres, backend: Backend) -> list[Any]:
+def _registry(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
     version = server.registry_version
     server.watch.told_registry(backend, version)
     if not server.endpoints:
