@@ -111,12 +111,13 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     worst: list[TroubledEndpoint] = msgspec.field(default_factory=list)
 
 
-_SUMS: Final = ("events", "released", "in_flight", "queued", "buffered", "retries_waiting")
+_SUMS: Final = ("events", "released", "in_flight", "queued", "buffered", "retries_waiting", "database_losses")
 _TALLIES: Final = ("deliveries", "attempts", "endpoints", "lanes", "connections")
 _MOSTS: Final = (
     "progress_age_s", "at_unix_s", "outbox_lag_s", "outbox_backlog", "oldest_pending_s", "event_loop_lag_s",
 )  # fmt: skip
 """Every shard reads the whole outbox, so what is behind is as far behind as the last of them."""
+_SHARED: Final = ("instances", "partitions_until_unix_s")
 _HISTOGRAMS: Final = ("attempt_duration", "delivery_latency", "settle_batch_size")
 WORST: Final = 10  # webhooks in a snapshot
 
@@ -131,6 +132,8 @@ def total(snapshots: Sequence[Snapshot]) -> Snapshot:
         **{name: _tally(getattr(s, name) for s in snapshots) for name in _TALLIES},
         **{name: max((getattr(s, name) for s in snapshots), default=0) for name in _MOSTS},
         **{name: _sum(getattr(s, name) for s in snapshots) for name in _HISTOGRAMS},
+        # Of the database as a whole: whoever says anything says the same.
+        **{name: next(filter(None, (getattr(s, name) for s in snapshots)), {}) for name in _SHARED},
     }
     return Snapshot(
         role="active" if any(s.role == "active" for s in snapshots) else "standby",

@@ -58,7 +58,8 @@ def test_no_field_is_forgotten(name: str) -> None:
     whole = Snapshot(
         role="active", shards=[3], database=True, progress_age_s=1.0, at_unix_s=1.0, outbox_lag_s=1.0,
         outbox_backlog=1, in_flight=1, queued=1, buffered=1, retries_waiting=1, oldest_pending_s=1.0,
-        endpoints={"active": 1}, lanes={"ready": 1}, connections={"idle": 1}, worst=ONE.worst,
+        endpoints={"active": 1}, lanes={"ready": 1}, connections={"idle": 1}, worst=ONE.worst, database_losses=2,
+        instances={"active": 1}, partitions_until_unix_s={"outbox": 1.0},
         **telemetry.counters() | {"event_loop_lag_s": 1.0},
     )  # fmt: skip
     assert getattr(total([whole]), name) == getattr(whole, name)

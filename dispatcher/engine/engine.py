@@ -448,9 +448,7 @@ class Engine:
         lanes, now = deliverer.lanes, self._loop.time()
         wall = datetime.fromtimestamp(self._wall(), UTC)
         active = self.role == "active" and reader is not None and retries is not None
-        moved_at = None
-        if active and reader and retries:
-            moved_at = min(reader.progress_at, retries.progress_at)
+        moved_at = min(reader.progress_at, retries.progress_at) if active and reader and retries else None
         behind = reader.read_to if active and reader else None
         oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
         return Snapshot(

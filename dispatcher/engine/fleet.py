@@ -64,7 +64,7 @@ class Fleet:
         self.telemetry = Telemetry()
         self.engines: dict[int, Engine] = {}  # by shard; those that are ending included
         self.database = False
-        self.losses = 0  # of the member's own session
+        self.losses = 0  # sessions that ended in trouble with the database: our own and those of engines that ended
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._guard = guard
@@ -79,6 +79,7 @@ class Fleet:
         self._joining: asyncio.Task[None] | None = None  # a session that is not under way yet
         self._stopping = False
         self._looked = False  # at who holds what, at least once
+        self._looked_at = self._loop.time()
         self._is_one_of_several = False
         self._others: list[Snapshot] = []
 
@@ -158,6 +159,7 @@ class Fleet:
             if not self._stopping:
                 await fleet.join(self._member)
             self.database = True
+            self._looked_at = self._loop.time()
             self._joining = None
             await self._take_part(connection, fleet)
             async with asyncio.timeout(CLOSE_S):
@@ -184,6 +186,7 @@ class Fleet:
     async def _look(self, fleet: FleetStore) -> None:
         """See who is there and who holds what, and move towards our share."""
         view = await fleet.view()
+        self._looked_at = self._loop.time()
         self._is_one_of_several = len(view.members) > 1
         for engine in self.engines.values():
             if engine.shards != view.count:
@@ -232,7 +235,7 @@ class Fleet:
     def _bury_ended(self) -> None:
         """Forget the engines that have ended. Raises what one of them ended with."""
         for shard in [shard for shard, task in self._tasks.items() if task.done()]:
-            del self.engines[shard]
+            self.losses += self.engines.pop(shard).losses
             self._tasks.pop(shard).result()
         self._share_limits()
 
@@ -244,9 +247,13 @@ class Fleet:
 
     def snapshot(self) -> Snapshot:
         """This process at this moment. Touches no table."""
+        engines = total([engine.snapshot() for engine in self.engines.values()])
+        idle_s = self._loop.time() - self._looked_at if self.database and not self._stopping else 0.0
         return msgspec.structs.replace(
-            total([engine.snapshot() for engine in self.engines.values()]),
+            engines,
             database=self.database and all(engine.database for engine in self.engines.values()),
+            database_losses=self.losses + engines.database_losses,
+            progress_age_s=max(idle_s, engines.progress_age_s),
             at_unix_s=self._wall(),
             connections=self._transport.count_connections(),
             **self.telemetry.counters(),
