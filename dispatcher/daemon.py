@@ -27,7 +27,9 @@ from dispatcher.core.backoff import PRESETS
 from dispatcher.core.catalogue import Catalogue
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.embedded import EmbeddedPostgres
-from dispatcher.engine.engine import Engine, EngineSettings
+from dispatcher.engine.engine import EngineSettings
+from dispatcher.engine.fleet import Fleet
+from dispatcher.engine.onlooker import Onlooker
 from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.engine.trials import SingleShot, is_released
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, DispatcherError
@@ -167,11 +169,11 @@ class Daemon:
     """A running daemon, as whoever started it sees it."""
 
     config: Config
-    engine: Engine
+    engine: Fleet | Onlooker
     pool: Any
     accounts: AccountStore
     web: Web
-    url: str  # of API and dashboard
+    url: str  # of API and dashboard; empty without them
     stopping: bool = False
 
     def stop(self) -> None:
@@ -267,13 +269,15 @@ async def run(
     config: Config,
     *,
     wait: bool = False,
+    only: str | None = None,
     reload: Callable[[], Config] | None = None,
     on_ready: Callable[[Daemon], None] | None = None,
     signals: bool = True,
 ) -> None:
     """Run until stopped by a signal or `Daemon.stop`. `config` has a DSN (see `database`).
 
-    `wait` keeps trying while PostgreSQL is away at the start. `reload` gives the configuration anew at SIGHUP.
+    `wait` keeps trying while PostgreSQL is away at the start. `only` leaves one half out: "engine" serves no API and no
+    dashboard, "web" delivers nothing. `reload` gives the configuration anew at SIGHUP.
     `on_ready` is called once events are being delivered, or another daemon does that and this one stands by. Raises
     ConfigurationError, SchemaMismatch, DatabaseUnreachable.
     """
@@ -293,8 +297,12 @@ async def run(
         guard=guard,
     )
     ids = DeliveryIds(bytes.fromhex(settings["delivery_id_key"]))
-    engine = Engine(_engine_settings(config), transport=transport, guard=guard, vault=vault, ids=ids)
     pool = await open_pool(config.database.dsn, size=config.database.pool_size)
+    engine = (
+        Onlooker(pool, transport)
+        if only == "web"
+        else Fleet(_engine_settings(config), transport=transport, guard=guard, vault=vault, ids=ids)
+    )
     accounts = AccountStore(pool, config.brand.key_prefix)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(pool.close)
@@ -305,7 +313,7 @@ async def run(
             guard=guard,
             catalogue=catalogue_of(config),
             defaults=_defaults(config),
-            snapshot=engine.snapshot,
+            snapshot=engine.everything,
             stores=Stores(sessions=SessionStore(pool), overview=OverviewStore(pool)),
             brand=config.brand.name,
             header_prefix=config.brand.header_prefix,
@@ -315,8 +323,13 @@ async def run(
         web.log = Log(deliveries=DeliveryStore(pool), replays=ReplayStore(pool), ids=ids, send=sender(shot))
         if config.server.operator_key:
             web.operator = Operator(key=config.server.operator_key, store=OperatorStore(pool), settings=config.masked())
-        api = await serve(build_api_app(web), config.server.listen, key="[server] listen", sockets=sockets["server"])
-        stack.push_async_callback(api.cleanup)
+        url = ""
+        if only != "engine":
+            api = await serve(
+                build_api_app(web), config.server.listen, key="[server] listen", sockets=sockets["server"]
+            )
+            stack.push_async_callback(api.cleanup)
+            url = _url(api)
         if config.metrics.listen:
             metrics = await serve(
                 build_metrics_app(engine.snapshot, state_directory=Path(config.state.directory)),
@@ -325,7 +338,7 @@ async def run(
                 sockets=sockets["metrics"],
             )
             stack.push_async_callback(metrics.cleanup)
-        daemon = Daemon(config, engine, pool, accounts, web, _url(api))
+        daemon = Daemon(config, engine, pool, accounts, web, url)
         if signals:
             stack.callback(_handle_signals(daemon, reload))
         tune()
@@ -364,8 +377,8 @@ async def _announce(daemon: Daemon, running: asyncio.Task[None], on_ready: Calla
     engine = daemon.engine
     while not engine.settled and not running.done():  # noqa: ASYNC110  either may come first, and one of them is a task
         await asyncio.sleep(READY_POLL_S)
-    log.info("ready", api=daemon.url, database=place(daemon.config.database.dsn), role=engine.role)
-    systemd.notify("READY=1", f"STATUS={engine.role}")
+    log.info("ready", api=daemon.url or None, database=place(daemon.config.database.dsn), role=engine.snapshot().role)
+    systemd.notify("READY=1", f"STATUS={engine.snapshot().role}")
     if on_ready is not None:
         on_ready(daemon)
     every = systemd.watchdog_s() or STATUS_S

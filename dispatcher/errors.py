@@ -6,6 +6,7 @@ DispatcherError
 ├── SchemaMismatch         the schema is older or newer than this program                exit code 2
 ├── EmbeddedError          the embedded PostgreSQL cannot be found, made or started      exit code 3
 ├── Fenced                 another daemon holds this shard now; whoever gets this stops writing
+├── ShardsInUse            the number of shards cannot change now; says what is in the way
 ├── AddressRefused         a URL or an address the guard does not let through
 └── Undeliverable          event data that no body can be made of; the event is discarded with the reason
 """
@@ -42,6 +43,10 @@ class EmbeddedError(DispatcherError):
 
 class Fenced(DispatcherError):
     """Another daemon took this shard over: its epoch is newer than ours, so nothing of ours may be written any more."""
+
+
+class ShardsInUse(DispatcherError):
+    """The number of shards cannot be changed now; the message says what is in the way."""
 
 
 class AddressRefused(DispatcherError):

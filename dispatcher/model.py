@@ -7,6 +7,7 @@ enums. Nothing here moves or decides.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Set
 from datetime import datetime
 from enum import StrEnum
 from typing import Final, NewType
@@ -163,3 +164,16 @@ def new_id(prefix: str, unix_s: float, random_bytes: bytes) -> str:
     low = (noise & ((1 << 62) - 1)) | (0b10 << 62)
     high = (int(unix_s * 1000) & ((1 << 48) - 1)) << 16 | 0x7000 | (noise >> 62 & 0xFFF)
     return f"{prefix}{high << 64 | low:032x}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Holdings:
+    """The daemons of a database and the shards they hold, as the database shows it at one moment.
+
+    `members` are the ids of the daemons that take part. `holders` has the shards whose lease is held, each with the
+    member that holds it; None where that is unknown (a daemon of an older release).
+    """
+
+    count: int  # of shards
+    members: Set[int]
+    holders: Mapping[int, int | None]

@@ -1,16 +1,17 @@
 """What the engine counts, and the Snapshot that everything outside it sees.
 
 The engine adds to plain integers and lists; once a second, or when a scraper asks, they are copied into a Snapshot. No
-label grows with accounts or endpoints.
+label grows with accounts or endpoints. The snapshots of several shards or processes add up (`total`).
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -80,7 +81,8 @@ class TroubledEndpoint(msgspec.Struct, frozen=True):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The engine at one moment: counters since the process started, gauges as they stand."""
 
-    role: str = "standby"  # active | standby
+    role: str = "standby"  # active | standby | web
+    shards: list[int] = msgspec.field(default_factory=list)  # that it runs
     database: bool = False  # reachable right now
     database_losses: int = 0  # sessions that ended in trouble with it
     progress_age_s: float = 0.0  # since the engine's loops last went round
@@ -109,6 +111,57 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     worst: list[TroubledEndpoint] = msgspec.field(default_factory=list)
 
 
+_SUMS: Final = ("events", "released", "in_flight", "queued", "buffered", "retries_waiting", "database_losses")
+_TALLIES: Final = ("deliveries", "attempts", "endpoints", "lanes", "connections")
+_MOSTS: Final = (
+    "progress_age_s", "at_unix_s", "outbox_lag_s", "outbox_backlog", "oldest_pending_s", "event_loop_lag_s",
+)  # fmt: skip
+"""Every shard reads the whole outbox, so what is behind is as far behind as the last of them."""
+_SHARED: Final = ("instances", "partitions_until_unix_s")
+_HISTOGRAMS: Final = ("attempt_duration", "delivery_latency", "settle_batch_size")
+WORST: Final = 10  # webhooks in a snapshot
+
+
+def total(snapshots: Sequence[Snapshot]) -> Snapshot:
+    """Several snapshots, of different shards or processes, as one."""
+    operations = dict.fromkeys(name for s in snapshots for name in s.database_operations)
+    worst = [endpoint for s in snapshots for endpoint in s.worst]
+    worst.sort(key=lambda endpoint: (endpoint.health == "ready", -endpoint.queued))
+    rest: dict[str, Any] = {
+        **{name: sum(getattr(s, name) for s in snapshots) for name in _SUMS},
+        **{name: _tally(getattr(s, name) for s in snapshots) for name in _TALLIES},
+        **{name: max((getattr(s, name) for s in snapshots), default=0) for name in _MOSTS},
+        **{name: _sum(getattr(s, name) for s in snapshots) for name in _HISTOGRAMS},
+        # Of the database as a whole: whoever says anything says the same.
+        **{name: next(filter(None, (getattr(s, name) for s in snapshots)), {}) for name in _SHARED},
+    }
+    return Snapshot(
+        role="active" if any(s.role == "active" for s in snapshots) else "standby",
+        shards=sorted(shard for s in snapshots for shard in s.shards),
+        database=bool(snapshots) and all(s.database for s in snapshots),
+        database_operations={n: d for n in operations if (d := _sum(s.database_operations.get(n) for s in snapshots))},
+        worst=worst[:WORST],
+        **rest,
+    )
+
+
+def _tally(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    summed: Counter[str] = Counter()
+    for each in counts:
+        summed.update(each)
+    return dict(summed)
+
+
+def _sum(histograms: Iterable[HistogramData | None]) -> HistogramData | None:
+    """Those with the bounds of the first: of another version of this program there may be others."""
+    known = [data for data in histograms if data is not None]
+    alike = [data for data in known if data.bounds == known[0].bounds]
+    if not alike:
+        return None
+    counts = [sum(column) for column in zip(*(data.counts for data in alike), strict=True)]
+    return HistogramData(alike[0].bounds, counts, sum(data.sum for data in alike))
+
+
 class Telemetry:
     """The engine's counters. One owner: the event loop."""
 
@@ -128,6 +181,20 @@ class Telemetry:
         self.settle_batch_size = Histogram(SIZES)
         self.database = {operation: Histogram(SECONDS) for operation in OPERATIONS}
         self.loop_lag_s = 0.0
+
+    def counters(self) -> dict[str, Any]:
+        """The part of a Snapshot that is counted here."""
+        return {
+            "events": self.events,
+            "deliveries": dict(self.deliveries),
+            "attempts": {result.value: n for result, n in self.attempts.items()},
+            "released": self.released,
+            "attempt_duration": self.attempt_duration.data(),
+            "delivery_latency": self.delivery_latency.data(),
+            "settle_batch_size": self.settle_batch_size.data(),
+            "database_operations": {name: histogram.data() for name, histogram in self.database.items()},
+            "event_loop_lag_s": self.loop_lag_s,
+        }
 
     @contextmanager
     def timed(self, operation: str) -> Iterator[None]:

@@ -34,6 +34,7 @@ from dispatcher.cli.output import (
     since,
     text_argument,
 )
+from dispatcher.core.shards import SHARDS_MAX
 
 if TYPE_CHECKING:
     from dispatcher.config import Config
@@ -78,11 +79,17 @@ def main() -> None:
     epilog=examples(
         "dispatcher run --config /etc/dispatcher/dispatcher.toml",
         "DISPATCHER_DATABASE_DSN=postgresql://app@db/app dispatcher run --wait",
+        "dispatcher run --only engine                       and API and dashboard elsewhere: --only web",
     )
 )
 @config_option
 @click.option("--wait", is_flag=True, help="Wait for the database while it is away at the start, instead of giving up.")
-def run(config_file: Path | None, wait: bool) -> None:
+@click.option(
+    "--only",
+    type=click.Choice(["engine", "web"]),
+    help="Only deliver, or only serve API and dashboard. Each has its metrics listener.",
+)
+def run(config_file: Path | None, wait: bool, only: str | None) -> None:
     """Run the daemon in the foreground, until SIGTERM or Ctrl-C.
 
     It delivers, and serves API, dashboard and metrics. On SIGTERM it drains: nothing new is attempted, what is in
@@ -106,7 +113,7 @@ def run(config_file: Path | None, wait: bool) -> None:
                     fresh = read()
                     return fresh if fresh.database.dsn else fresh.with_dsn(reachable.database.dsn)
 
-                await daemon.run(reachable, wait=wait, reload=read_again)
+                await daemon.run(reachable, wait=wait, only=only, reload=read_again)
 
     _run(serve())
 
@@ -236,6 +243,44 @@ def prune(config_file: Path | None, as_json: bool) -> None:
         print_json({"dropped": dropped})
     else:
         click.echo("\n".join(f"dropped {name}" for name in dropped) or "nothing is old enough to be dropped")
+
+
+@main.command(
+    epilog=examples(
+        "dispatcher shards                how many there are, and who runs them",
+        "dispatcher shards 4              spread the webhooks over four, while no daemon runs",
+    )
+)
+@click.argument("number", required=False, type=click.IntRange(1, SHARDS_MAX))
+@config_option
+@json_option
+def shards(number: int | None, config_file: Path | None, as_json: bool) -> None:
+    """Show the shards, or change how many there are.
+
+    Every webhook belongs to one shard, every shard is run by one daemon, and the daemons on a database share them out
+    evenly: with one shard, the first daemon delivers and the others stand by. Each shard reads every event, so have as
+    many as daemons, or few more. Their number is the database's and changes only while no daemon runs on it, those of
+    --only web apart; nothing is lost or sent twice by that.
+    """
+
+    async def act() -> list[dict[str, object]]:
+        from dispatcher.cli.status import shard_rows
+        from dispatcher.errors import ShardsInUse
+        from dispatcher.store.fleet import FleetStore
+
+        async with _session(config_file) as (_, connection):
+            if number is not None:
+                try:
+                    await FleetStore(connection).reshard(number)
+                except ShardsInUse as error:
+                    raise Failure(str(error)) from None
+            return await shard_rows(connection)
+
+    rows = _run(_mapped(act()))
+    if for_programs(as_json):
+        print_json({"shards": rows})
+    else:
+        print_table(("shard", "webhooks", "run by", "read up to"), (tuple(row.values()) for row in rows))
 
 
 # ── API keys ───────────────────────────────────────────────────────────────────────────────────────────────────────

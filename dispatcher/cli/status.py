@@ -88,6 +88,15 @@ def _instance(row: Any) -> Instance:
     return Instance(document=document, snapshot=snapshot, **{name: row[name] for name in _COLUMNS})
 
 
+async def shard_rows(connection: Any) -> list[dict[str, object]]:
+    """Each shard: its number, how many webhooks it has, the daemon that runs it, and until when its events are read."""
+    running = {shard: id_ for id_, i in (await _instances(connection)).items() for shard in i.snapshot.shards}
+    return [
+        {"shard": row["id"], "webhooks": row["webhooks"], "run_by": running.get(row["id"]), "read_to": row["prev_at"]}
+        for row in await connection.fetch(statements("shard")["shards"])
+    ]
+
+
 async def _next(connection: Any, before: Mapping[str, Instance]) -> dict[str, Instance]:
     """The daemons once one of them has told something new, or should have."""
     until = asyncio.get_running_loop().time() + FRESH_S
@@ -177,13 +186,20 @@ def _parts(instance: Instance, before: Instance | None) -> list[Any]:
     style = "bold green" if s.role == "active" and s.database else "bold yellow"
     title = Text.assemble(
         (f"● {s.role if s.database else 'database away'}", style),
-        f"  {cell(instance.host)} process {instance.pid}, version {cell(instance.version)}",
+        f"  {cell(instance.host)} process {instance.pid}, version {cell(instance.version)}{_shards(s)}",
         (f", since {cell(instance.started_at)}", "bright_black"),
     )
     parts: list[Any] = [title]
     if s.role == "active":
         parts += [_figures(s, rates(instance, before)), *_worst(s)]
     return [*parts, Text("")]
+
+
+def _shards(s: Snapshot) -> str:
+    """Which shards it runs; nothing where there is only one, or none."""
+    if s.shards in ([], [0]):
+        return ""
+    return f", shard{'s' if len(s.shards) > 1 else ''} {', '.join(map(str, s.shards))}"
 
 
 def _figures(s: Snapshot, now: Rates | None) -> Any:

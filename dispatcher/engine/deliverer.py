@@ -207,6 +207,7 @@ class Deliverer:
         self.passed_on = 0  # of these, to the ledger or back
         self.in_flight: dict[Delivery, None] = {}  # in the order they went out
         self.running = False  # False: nothing new goes out
+        self.valid_until = math.inf  # loop time: nor does it after that, unless the lease is renewed
         self.on_hungry: Callable[[Subscriber], None] = lambda subscriber: None
         self.on_dismissed: Callable[[int], None] = lambda endpoint_id: None
         self._ledger = ledger
@@ -416,6 +417,8 @@ class Deliverer:
         if not self.running or self._ledger.full:
             return
         lanes, now = self.lanes, self._loop.time()
+        if now > self.valid_until:  # we hung: the lease may be another's by now
+            return
         while (turn := lanes.next(now)) is not None:
             lane, delivery = turn
             delivery.era = lane.window.generation
@@ -426,6 +429,11 @@ class Deliverer:
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = self._loop.call_at(max(wake, now + 0.001), self._rated)
+
+    def send_until(self, valid_until: float) -> None:
+        """The lease is ours until then, loop time."""
+        self.valid_until = valid_until
+        self.pump()
 
     def _rated(self) -> None:
         self._timer = None
@@ -495,7 +503,7 @@ class Deliverer:
 
     def _has_other_secret(self, delivery: Delivery) -> bool:
         subscriber = delivery.subscriber
-        may_send = self.running and not subscriber.lane.paused
+        may_send = self.running and not subscriber.lane.paused and self._loop.time() <= self.valid_until
         return may_send and not delivery.other_secret and subscriber.signer.is_rotating
 
     def _dead_delay_s(self, deaths: int) -> float:
@@ -621,6 +629,7 @@ class Deliverer:
             del self.subscribers[subscriber.endpoint.id]
             self.lanes.forget(subscriber.lane)
             if subscriber.origin is not None:
+                subscriber.origin.release_waiting("the shard was lost")
                 subscriber.origin.close()
 
     async def drained(self, timeout_s: float) -> bool:
@@ -634,6 +643,11 @@ class Deliverer:
         except TimeoutError:
             return False
         return True
+
+    async def close(self) -> None:
+        """Release what is in flight and close every connection. Returns when the results are in."""
+        origins = {s.origin for s in self.subscribers.values() if s.origin is not None}
+        await self._transport.close_origins(origins)
 
     def troubled(self, most: int) -> list[Subscriber]:
         """The worst webhooks: not ready, or with the longest queues."""

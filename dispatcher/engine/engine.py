@@ -1,6 +1,6 @@
-"""The engine: everything that moves, put together, started, taken over, reconnected and drained.
+"""The engine of one shard: everything that moves, put together, started, taken over, reconnected and drained.
 
-**Sessions.** A session is a lease and four connections: listener (lease, NOTIFY, heartbeat), reader, writer, retries.
+**Sessions.** A session is a lease and its connections: listener (lease, NOTIFY), reader, writer, retries, upkeep.
 Whatever breaks one of them ends the session and nothing else: lanes, requests in flight and the ledger live on
 outside it. The next session finds its epoch unchanged and resumes: it settles the batch in doubt, writes pending rows
 for what is in flight, forgets what is merely queued, and reads again from the persisted cursor. (Reading on from
@@ -28,8 +28,9 @@ from dispatcher.core.backoff import reconnect_delay_s
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.lanes import Lanes
 from dispatcher.core.routing import Registry
+from dispatcher.core.shards import shard_numbers, shard_of
 from dispatcher.engine.deliverer import Deliverer, Delivery
-from dispatcher.engine.leases import Instance, Listener
+from dispatcher.engine.leases import Listener
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.outbox import PAGE_ROWS, SAFETY_S, OutboxReader
 from dispatcher.engine.replays import Replays
@@ -44,9 +45,8 @@ from dispatcher.store.pending import PendingStore
 from dispatcher.store.retention import Retention
 from dispatcher.store.shard import ShardState, ShardStore
 from dispatcher.store.vault import Vault
-from dispatcher.telemetry import NO_ENDPOINTS, Snapshot, Telemetry, TroubledEndpoint
+from dispatcher.telemetry import NO_ENDPOINTS, WORST, Snapshot, Telemetry, TroubledEndpoint
 
-SHARD: Final = 0
 BUFFERED_MAX: Final = 10_000  # outcomes waiting for PostgreSQL: 4 MB, and the most a crash then sends twice
 RETRIES_SHARE: Final = 4  # retries may fill a quarter of the queues
 UPKEEP_S: Final = 0.25
@@ -57,7 +57,6 @@ GAUGES_S: Final = 1.0
 SWEEP_S: Final = 30.0
 RETENTION_S: Final = 600.0
 CLOSE_S: Final = 5.0
-WORST: Final = 10
 
 log = structlog.get_logger("dispatcher.engine")
 
@@ -92,11 +91,22 @@ class Engine:
         guard: Guard,
         vault: Vault,
         ids: DeliveryIds,
+        shard: int = 0,
+        shards: int = 1,
+        member: int = 0,
+        telemetry: Telemetry | None = None,
         wall: Callable[[], float] = time.time,
         dice: random.Random | None = None,
     ) -> None:
+        """Make the engine of `shard`, one of `shards`, for the daemon known to others as `member`.
+
+        Transport and telemetry may be shared with other engines: whoever made them closes and shows them.
+        """
         loop = asyncio.get_running_loop()
         self.settings = settings
+        self.shard = shard
+        self.shards = shards
+        self.leaving = False  # asked to stop
         self.role = "standby"
         self.database = False
         self.page_rows = PAGE_ROWS
@@ -109,6 +119,10 @@ class Engine:
         self._transport = transport
         self._vault = vault
         self._stopping = asyncio.Event()
+        self._member = member
+        self._has_duties = shard == shard_numbers(shards)[0]  # of the database as a whole: one shard sees to them
+        self._parts = 1  # of the limits: how many engines share them
+        self._drain_s: float | None = None  # None: as configured
         self._epoch = 0
         self._reader: OutboxReader | None = None
         self._retries: Retries | None = None
@@ -117,7 +131,7 @@ class Engine:
         self._statuses = NO_ENDPOINTS
         self._instances: dict[str, int] = {}
         self._partitions_until: dict[str, float] = {}
-        self.telemetry = Telemetry()
+        self.telemetry = telemetry or Telemetry()
         lanes: Lanes[Delivery] = Lanes(
             queued_max=settings.max_queued,
             lane_queued_max=settings.max_queued,
@@ -140,12 +154,14 @@ class Engine:
             wall=wall,
             dice=self._dice,
         )
-        self.instance = Instance(self.snapshot)
 
     # ── life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def stop(self) -> None:
-        """Drain and end. Idempotent."""
+    def stop(self, drain_s: float | None = None) -> None:
+        """Drain, for at most `drain_s` instead of what is configured, and end. Idempotent."""
+        if not self.leaving:
+            self._drain_s = drain_s
+        self.leaving = True
         self._stopping.set()
         if self._reader is not None:
             self._reader.stop()
@@ -154,14 +170,20 @@ class Engine:
         """Take changed settings over while running: limits at once, webhook defaults with the next registry."""
         self.settings = settings
         self.ledger.disable_after_s = settings.disable_after_s
-        lanes = self.deliverer.lanes
-        lanes.queued_max = lanes.lane_queued_max = settings.max_queued
-        lanes.retries_queued_max = settings.max_queued // RETRIES_SHARE
-        lanes.in_flight_max = settings.max_in_flight
+        self.share_limits(self._parts)
         self._transport.use_guard(guard)
         self.deliverer.reconfigure(guard, settings.jitter)
         if self._reader is not None:
             self._reader.reload_soon()
+
+    def share_limits(self, parts: int) -> None:
+        """Keep to one of so many equal parts of the limits, which are the process's."""
+        self._parts = parts
+        settings, lanes = self.settings, self.deliverer.lanes
+        lanes.queued_max = lanes.lane_queued_max = max(1, settings.max_queued // parts)
+        lanes.retries_queued_max = lanes.queued_max // RETRIES_SHARE
+        lanes.in_flight_max = max(1, settings.max_in_flight // parts)
+        self.ledger.buffered_max = BUFFERED_MAX // parts
 
     async def run(self) -> None:
         """Run sessions until stopped. Raises SchemaMismatch and ConfigurationError, since no waiting mends those."""
@@ -177,7 +199,7 @@ class Engine:
                     failures = 1 if self._loop.time() - began > 60 else failures + 1
                     await self._mourn(group, failures)
         finally:
-            await self._transport.close()
+            await self.deliverer.close()
 
     async def _unless_stopped(self, session: Any) -> None:
         """Run a session; a stop before it is under way ends it, after that it drains by itself."""
@@ -211,7 +233,7 @@ class Engine:
             pass
 
     def _lose(self, error: BaseException) -> None:
-        log.warning("lease.lost", reason=str(_first(error)))
+        log.warning("lease.lost", shard=self.shard, reason=str(_first(error)))
         self.role = "standby"
         self._epoch = 0
         self.deliverer.forget_all()
@@ -221,7 +243,7 @@ class Engine:
 
     async def _session(self) -> None:
         settings = self.settings
-        listener = Listener(settings.listen_dsn, SHARD, self.instance, self.telemetry, self._dice)
+        listener = Listener(settings.listen_dsn, self.shard, self._member, self.telemetry, self._dice)
         connections: list[Any] = []
         try:
             await listener.open()
@@ -237,22 +259,22 @@ class Engine:
             self.ledger.cursor = lambda: None
             for connection in connections:
                 connection.terminate()
-            await listener.close(leave=self._stopping.is_set())
+            await listener.close()
 
     def _stand_by(self) -> None:
         self.role = "standby"
         self.settled = True
-        log.info("standby", waits_for="the lease of another daemon on this database")
+        log.info("standby", shard=self.shard, waits_for="the lease of another daemon on this database")
 
     async def _work(self, listener: Listener, reading: Any, writing: Any, retrying: Any, upkeep: Any) -> None:
-        shard = ShardStore(writing, SHARD)
+        shard = ShardStore(writing, self.shard)
         endpoints = EndpointStore(writing, self._vault)
         registry_lock = asyncio.Lock()
         registry_store = EndpointStore(upkeep, self._vault)
 
         async def load_registry() -> Registry:
             async with registry_lock:
-                found, version = await registry_store.registry(self.settings.defaults)
+                found, version = await registry_store.registry(self.settings.defaults, self.shard)
             self._statuses = {s.value: 0 for s in EndpointStatus}
             for endpoint in found:
                 self._statuses[endpoint.status.value] += 1
@@ -267,9 +289,10 @@ class Engine:
             dice=self._dice,
             page_rows=self.page_rows,
             safety_s=self.safety_s,
+            has_duties=self._has_duties,
         )
         retries = Retries(
-            PendingStore(retrying, SHARD),
+            PendingStore(retrying, self.shard),
             deliverer=self.deliverer,
             ledger=self.ledger,
             telemetry=self.telemetry,
@@ -285,7 +308,8 @@ class Engine:
         def told(payload: str) -> None:
             numbers = payload.split()
             if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
-                retries.told(int(numbers[0]), int(numbers[1]))
+                if shard_of(int(numbers[0]), self.shards) == self.shard:
+                    retries.told(int(numbers[0]), int(numbers[1]))
             else:
                 replays.told()
 
@@ -298,10 +322,11 @@ class Engine:
         for connection in (listener.connection, reading, writing, retrying, upkeep):
             connection.add_termination_listener(lambda _: lost.set())
         listener.on_wake = reader.hear
+        listener.on_valid = self.deliverer.send_until
         self.role = "active"
         self.settled = True
         self.deliverer.running = True
-        log.info("active", epoch=self._epoch, endpoints=len(reader.registry))
+        log.info("active", shard=self.shard, epoch=self._epoch, endpoints=len(reader.registry))
         if self._stopping.is_set():
             reader.stop()
         async with asyncio.TaskGroup() as group:
@@ -311,10 +336,11 @@ class Engine:
                 group.create_task(retries.run_backlogs(), name="backlogs"),
                 group.create_task(listener.run(), name="listener"),
                 group.create_task(self._upkeep(upkeep, registry_lock, reader), name="upkeep"),
-                group.create_task(self._retain(), name="retention"),
-                group.create_task(replays.run(), name="replays"),
                 group.create_task(_raise_when(lost), name="connections"),
             ]
+            if self._has_duties:
+                tasks.append(group.create_task(self._retain(), name="retention"))
+                tasks.append(group.create_task(replays.run(), name="replays"))
             group.create_task(self.ledger.run(shard, endpoints, self._epoch), name="ledger")
             await self._stopping.wait()
             await self._drain(tasks[0])
@@ -326,6 +352,8 @@ class Engine:
 
     async def _take_over(self, shard: ShardStore, endpoints: EndpointStore, reader: OutboxReader) -> ShardState:
         state = await shard.state()
+        if state.shards != self.shards:
+            raise Fenced(f"there are {state.shards} shards now, not {self.shards}")
         if not self._epoch or state.epoch != self._epoch:
             if self._epoch:
                 self._lose(Fenced("another daemon had the shard meanwhile"))
@@ -354,14 +382,15 @@ class Engine:
 
     async def _drain(self, reading: asyncio.Task[None]) -> None:
         deliverer = self.deliverer
-        log.info("draining", in_flight=len(deliverer.in_flight), drain_s=self.settings.drain_s)
+        drain_s = self.settings.drain_s if self._drain_s is None else self._drain_s
+        log.info("draining", shard=self.shard, in_flight=len(deliverer.in_flight), drain_s=drain_s)
         assert self._reader is not None
         self._reader.stop()
         deliverer.running = False
         reading.cancel()
-        if not await deliverer.drained(self.settings.drain_s):
-            log.warning("drain.cut_short", in_flight=len(deliverer.in_flight))
-        await self._transport.close()
+        if not await deliverer.drained(drain_s):
+            log.warning("drain.cut_short", shard=self.shard, in_flight=len(deliverer.in_flight))
+        await deliverer.close()
 
     # ── upkeep ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -415,29 +444,21 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """The engine at this moment. Touches no table."""
-        t, deliverer, reader, retries = self.telemetry, self.deliverer, self._reader, self._retries
+        deliverer, reader, retries = self.deliverer, self._reader, self._retries
         lanes, now = deliverer.lanes, self._loop.time()
         wall = datetime.fromtimestamp(self._wall(), UTC)
         active = self.role == "active" and reader is not None and retries is not None
-        moved_at = self.instance.waited_at
-        if active and reader and retries:
-            moved_at = min(reader.progress_at, retries.progress_at)
+        moved_at = min(reader.progress_at, retries.progress_at) if active and reader and retries else None
         behind = reader.read_to if active and reader else None
         oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
         return Snapshot(
             role=self.role,
+            shards=[self.shard] if active else [],
             database=self.database,
             database_losses=self.losses,
             progress_age_s=max(0.0, now - moved_at) if moved_at is not None else 0.0,
             at_unix_s=self._wall(),
-            events=t.events,
-            deliveries=dict(t.deliveries),
-            attempts={result.value: n for result, n in t.attempts.items()},
-            released=t.released,
-            attempt_duration=t.attempt_duration.data(),
-            delivery_latency=t.delivery_latency.data(),
-            settle_batch_size=t.settle_batch_size.data(),
-            database_operations={name: h.data() for name, h in t.database.items()},
+            **self.telemetry.counters(),
             outbox_lag_s=max(0.0, (wall - behind).total_seconds()) if behind else 0.0,
             outbox_backlog=max(0, self._newest_seq - reader.read_seq) if behind and reader else 0,
             in_flight=len(deliverer.in_flight),
@@ -448,7 +469,6 @@ class Engine:
             endpoints=dict(self._statuses),
             lanes={health.value: n for health, n in lanes.healths.items()},
             connections=self._transport.count_connections(),
-            event_loop_lag_s=t.loop_lag_s,
             instances=dict(self._instances) if active else {},
             partitions_until_unix_s=dict(self._partitions_until) if active else {},
             worst=[

@@ -1,11 +1,13 @@
-"""Who runs a shard: a lease that ends with its session, and standbys that take over.
+"""Who runs a shard: a lease that ends with its session, and others that take over.
 
-The lease is a session advisory lock on the listener's connection, which also hears NOTIFY and says each second that
-we live. PostgreSQL drops the lock with the session, so a killed daemon is followed within one try of a standby.
-Waiting inside `pg_advisory_lock()` would hold a snapshot and pin vacuum for the whole database, so a standby tries,
-every 0.5 to 1 s.
+The lease is a session advisory lock on the listener's connection, which also hears NOTIFY and speaks each second.
+PostgreSQL drops the lock with the session, so a killed daemon is followed within one try of another one. Waiting
+inside `pg_advisory_lock()` would hold a snapshot and pin vacuum for the whole database, so who waits tries, every 0.5
+to 1 s, and when told that a lease was given back.
 
-The lease says who should write; the fence (the shard's epoch) makes sure that nobody else does.
+A process that hangs keeps its sessions. Who waits for its lease ends the one that has been silent for SILENT (10 s).
+Should the process wake up, it has not sent anything by then: it sends only until VALID_S after it last asked and was
+answered. It may still write, on its other connections, what had come in; there the fence (the shard's epoch) stops it.
 """
 
 from __future__ import annotations
@@ -19,106 +21,144 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
+import structlog
 
 from dispatcher import __version__
 from dispatcher.store.database import close, connect, statements
+from dispatcher.store.fleet import SILENT, FleetStore
 from dispatcher.store.shard import ShardStore
 from dispatcher.telemetry import Snapshot, Telemetry
 
 WAKE: Final = "dispatcher_wake"
 REGISTRY: Final = "dispatcher_registry"
 PENDING: Final = "dispatcher_pending"  # somebody else wrote held rows for a webhook, or began a replay
+FLEET: Final = "dispatcher_fleet"  # a daemon came or went, or gave a lease back
 TRY_S: Final = (0.5, 1.0)
 HEARTBEAT_S: Final = 1.0
 CLOSE_S: Final = 2.0
+VALID_S: Final = 7.0  # a margin of 3 s below SILENT for what was on its way out
+assert SILENT.total_seconds() > VALID_S + HEARTBEAT_S
+
+log = structlog.get_logger("dispatcher.leases")
 
 
 class Instance:
-    """This daemon as others see it: one row, refreshed each second."""
+    """This process as others see it: one row, refreshed each second."""
 
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
         self.id = f"{socket.gethostname()}:{os.getpid()}"
-        self.waited_at: float | None = None  # loop time of a standby's last try for the lease; None while it is none
         self._started_at = datetime.now(UTC)
         self._snapshot = snapshot
 
-    async def beat(self, connection: Any, role: str) -> None:
-        """Write the row."""
+    async def beat(self, connection: Any) -> None:
+        """Write the row. `connection` may be a pool."""
+        snapshot = self._snapshot()
         await connection.execute(
             statements("shard")["heartbeat"],
             self.id,
             socket.gethostname(),
             os.getpid(),
-            role,
+            snapshot.role,
             __version__,
             self._started_at,
-            msgspec.json.encode(self._snapshot()).decode(),
+            msgspec.json.encode(snapshot).decode(),
         )
+
+    async def others(self, connection: Any) -> list[Snapshot]:
+        """What other processes with an engine last wrote. `connection` may be a pool."""
+        rows = await connection.fetch(statements("shard")["instances"])
+        return [
+            msgspec.json.decode(row["snapshot"], type=Snapshot)
+            for row in rows
+            if row["id"] != self.id and row["role"] != "web"
+        ]
 
     async def leave(self, connection: Any) -> None:
         """Remove it, and those of daemons long dead."""
         await connection.execute(statements("shard")["forget_instances"], self.id)
 
 
-class Listener:
-    """The connection that holds the lease, hears notifications and beats."""
+async def until_rung(bell: asyncio.Event, timeout_s: float) -> None:
+    """Wait until the bell rings, or for so long."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await bell.wait()
+    except TimeoutError:
+        pass
+    bell.clear()
 
-    def __init__(self, dsn: str, shard: int, instance: Instance, telemetry: Telemetry, dice: random.Random) -> None:
+
+class Listener:
+    """The connection that holds a shard's lease and hears notifications."""
+
+    def __init__(self, dsn: str, shard: int, member: int, telemetry: Telemetry, dice: random.Random) -> None:
         self._dsn = dsn
         self._shard = shard
-        self._instance = instance
+        self._member = member
         self._telemetry = telemetry
         self._dice = dice
+        self._loop = asyncio.get_running_loop()
+        self._freed = asyncio.Event()
+        self._valid_until = 0.0
         self.connection: Any = None
         self.on_wake: Callable[[str], None] = lambda channel: None
         self.on_pending: Callable[[str], None] = lambda payload: None
+        self.on_valid: Callable[[float], None] = lambda until: None  # the lease is ours until then, loop time
 
     async def open(self) -> None:
         """Connect and listen. Raises DatabaseUnreachable."""
         self.connection = await connect(self._dsn, name="dispatcher listener", engine=True)
-        for channel in (WAKE, REGISTRY, PENDING):
+        for channel in (WAKE, REGISTRY, PENDING, FLEET):
             await self.connection.add_listener(channel, self._heard)
 
     def _heard(self, _connection: object, _pid: int, channel: str, payload: str) -> None:
         if channel == PENDING:
             self.on_pending(payload)
+        elif channel == FLEET:
+            self._freed.set()
         else:
             self.on_wake(channel)
 
     async def acquire(self, standby: Callable[[], None]) -> None:
-        """Return once the lease is ours; until then beat as a standby, which `standby` is told once."""
-        shard = ShardStore(self.connection, self._shard)
+        """Return once the lease is ours. `standby` is told once, if that takes longer."""
+        shard, fleet = ShardStore(self.connection, self._shard), FleetStore(self.connection)
         await shard.system()  # raises on a read-only server: no lease is worth having there
-        low, high = TRY_S
+        await fleet.sign(self._member)
         told = False
-        loop = asyncio.get_running_loop()
-        try:
-            while not await shard.try_lease():
-                if not told:
-                    told = True
-                    standby()
-                self._instance.waited_at = loop.time()
-                await self._instance.beat(self.connection, "standby")
-                await asyncio.sleep(self._dice.uniform(low, high))
-        finally:
-            self._instance.waited_at = None
+        while not await self._try(shard):
+            if not told:
+                told = True
+                standby()
+            if await fleet.evict(self._shard):
+                log.warning("lease.evicted", shard=self._shard, reason="its holder's process hangs")
+            await until_rung(self._freed, self._dice.uniform(*TRY_S))
+
+    async def _try(self, shard: ShardStore) -> bool:
+        asked_at = self._loop.time()
+        is_ours = await shard.try_lease()
+        self._valid_until = asked_at + VALID_S
+        return is_ours
 
     async def run(self) -> None:
-        """Beat until cancelled; raises when the connection, and with it the lease, is gone."""
+        """Renew the lease until cancelled; raises when the connection, and with it the lease, is gone."""
+        self.on_valid(self._valid_until)
+        fleet = FleetStore(self.connection)
         while True:
+            asked_at = self._loop.time()
             with self._telemetry.timed("heartbeat"):
-                await self._instance.beat(self.connection, "active")
+                await fleet.renew()
+            self.on_valid(asked_at + VALID_S)
             await asyncio.sleep(HEARTBEAT_S)
 
-    async def close(self, *, leave: bool = False) -> None:
-        """Give the lease back by ending the session."""
+    async def close(self) -> None:
+        """Give the lease back, and end the session."""
         connection, self.connection = self.connection, None
         if connection is None:
             return
         try:
             async with asyncio.timeout(CLOSE_S):
-                if leave and not connection.is_closed():
-                    await self._instance.leave(connection)
+                if not connection.is_closed():
+                    await FleetStore(connection).part()
         except Exception:  # noqa: BLE001  whatever state it is in, it ends here
             connection.terminate()
         await close(connection, CLOSE_S)

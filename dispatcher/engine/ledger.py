@@ -96,7 +96,7 @@ class Ledger:
         self._telemetry = telemetry
         self._loop = loop
         self._wall = wall
-        self._buffered_max = buffered_max
+        self.buffered_max = buffered_max
         self._open = _Open()
         self._doubt: tuple[Batch, _Open] | None = None  # sent, and nobody knows whether it arrived
         self._number = 0  # of the last batch
@@ -120,7 +120,7 @@ class Ledger:
     @property
     def full(self) -> bool:
         """Whether dispatching must wait for PostgreSQL."""
-        return self._open.rows >= self._buffered_max
+        return self._open.rows >= self.buffered_max
 
     def attempt(self, delivery: Delivery, attempt: Attempt | None, state: str, number: int, error: str | None) -> None:
         """Log an attempt, or with None a delivery settled without one. `state` is the delivery's state after it."""

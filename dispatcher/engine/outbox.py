@@ -84,10 +84,12 @@ class OutboxReader:
         dice: random.Random,
         page_rows: int = PAGE_ROWS,
         safety_s: tuple[float, float] = SAFETY_S,
+        has_duties: bool = True,
     ) -> None:
         self._connection = connection
         self._page_rows = page_rows
         self._safety_s = safety_s
+        self._has_duties = has_duties  # counts the events of all shards, and discards what cannot be sent
         self._sql = statements("shard")
         self._deliverer = deliverer
         self._ledger = ledger
@@ -223,7 +225,8 @@ class OutboxReader:
         opened = OpenPage(page.after, self._loop.time(), data_bytes)
         self._open.append(opened)
         self._open_bytes += data_bytes
-        self._telemetry.events += len(rows)
+        if self._has_duties:
+            self._telemetry.events += len(rows)
         pairs = self._pairs(rows)
         if self.recovering:
             known = await self._known(pairs)
@@ -256,12 +259,15 @@ class OutboxReader:
         pairs: list[tuple[Event, Endpoint]] = []
         match = self.registry.match
         for _, _, _, seq, xid, event_id, account, type_, data, created_at, written_at in rows:
+            endpoints = match(account, type_)
+            if not endpoints and not self._has_duties:
+                continue
             try:
                 payload = payload_of(event_id, type_, created_at, data)
             except Undeliverable as error:
-                self._ledger.discard_event(seq, str(error))
+                if self._has_duties:
+                    self._ledger.discard_event(seq, str(error))
                 continue
-            endpoints = match(account, type_)
             if endpoints:
                 event = Event(seq, xid, written_at, payload)
                 pairs += [

@@ -35,7 +35,7 @@ import heapq
 import logging
 import math
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from operator import attrgetter
 from typing import Any, Final
 
@@ -172,6 +172,11 @@ class Connection(asyncio.Protocol):
     def __repr__(self) -> str:
         state = "active" if self._request is not None else "idle" if self.is_open else "closed"
         return f"<Connection {self._origin.target.host_header} {state}{', reused' if self._reused else ''}>"
+
+    @property
+    def origin(self) -> Origin:
+        """Whose it is."""
+        return self._origin
 
     @property
     def is_open(self) -> bool:
@@ -627,6 +632,15 @@ class Transport:
         """How many connections are connecting, active and idle. Walks over all of them: once a second, not more."""
         active = sum(connection.is_active for connection in self.connections)
         return {"connecting": len(self._dials), "active": active, "idle": len(self.connections) - active}
+
+    async def close_origins(self, origins: Set[Origin]) -> None:
+        """Close these at once and release their requests. When it returns every `done` of theirs was called."""
+        for origin in origins:
+            origin.release_waiting("shutdown")
+            origin.close()
+        for connection in [c for c in self.connections if c.origin in origins]:
+            connection.release("shutdown")
+        await asyncio.sleep(0)  # what was settled is told in the next turn
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests; wait up to `drain_s` for those that are out; release the rest; close everything.

@@ -96,9 +96,9 @@ class EndpointStore:
 
     # -- for the engine
 
-    async def registry(self, defaults: EndpointDefaults) -> tuple[list[Endpoint], int]:
-        """Every webhook with defaults filled in, and the registry's version they belong to."""
-        rows = await self._db.fetch(self._sql["registry"])
+    async def registry(self, defaults: EndpointDefaults, shard: int = 0) -> tuple[list[Endpoint], int]:
+        """Every webhook of a shard with defaults filled in, and the registry's version they belong to."""
+        rows = await self._db.fetch(self._sql["registry"], shard)
         return [self._endpoint(row, defaults) for row in rows if row["id"] is not None], rows[0]["registry_version"]
 
     def _endpoint(self, row: Any, defaults: EndpointDefaults) -> Endpoint:

@@ -53,12 +53,12 @@ class PendingStore:
         return await self._fetch("pull", *zip(*positions, strict=True))
 
     async def held_endpoints(self) -> list[int]:
-        """Ids of the endpoints that have anything held."""
-        return [row[0] for row in await self._fetch("held_endpoints")]
+        """Ids of the shard's endpoints, deleted ones included, that have anything held."""
+        return [row[0] for row in await self._fetch("held_endpoints", self._shard)]
 
     async def heads(self) -> dict[int, DeliveryKey]:
         """For each ordered endpoint with a due row: the delivery the others wait for."""
-        return {row[0]: (row[0], row[1], row[2]) for row in await self._fetch("heads")}
+        return {row[0]: (row[0], row[1], row[2]) for row in await self._fetch("heads", self._shard)}
 
     async def _fetch(self, name: str, *arguments: Any) -> list[Any]:
         async with self._lock:

@@ -33,6 +33,7 @@ class ShardState:
     cursor: Cursor
     system: str
     floor: datetime
+    shards: int  # how many there are in all
 
 
 @dataclasses.dataclass(slots=True)
@@ -92,13 +93,15 @@ class ShardStore:
         return int(await self._connection.fetchval(self._sql["take_over"], self._shard))
 
     async def state(self) -> ShardState:
-        """The row as it stands."""
+        """The row as it stands. Raises Fenced when there is no such shard any more."""
         row = await self._connection.fetchrow(self._sql["cursor"], self._shard)
+        if row is None:
+            raise Fenced(f"there is no shard {self._shard} any more")
         cursor = Cursor(row["prev"], row["prev_at"], row["cur"], None, row["at_xid"], row["at_seq"])
-        return ShardState(row["epoch"], row["batch"], cursor, row["system"], row["floor"])
+        return ShardState(row["epoch"], row["batch"], cursor, row["system"], row["floor"], row["shards"])
 
     async def naturalize(self, epoch: int, system: str, prev: Snapshot, prev_at: datetime) -> None:
-        """After a restore into cluster `system`: read on from `prev`; no webhook remembers ids of the old one.
+        """After a restore into cluster `system`: read on from `prev`; no webhook of ours remembers ids of the old one.
 
         Raises Fenced when the epoch is over.
         """
@@ -106,7 +109,7 @@ class ShardStore:
             status = await self._connection.execute(self._sql["anchor"], self._shard, epoch, system, prev, prev_at)
             if status != "UPDATE 1":
                 raise Fenced(f"epoch {epoch} of shard {self._shard} is over")
-            await self._connection.execute(self._sql["naturalize"])
+            await self._connection.execute(self._sql["naturalize"], self._shard)
 
     async def flush(self, epoch: int, batch: Batch) -> bool:
         """Write a batch in one round trip and one transaction; False if it is in already.

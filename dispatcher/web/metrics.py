@@ -84,6 +84,7 @@ class SnapshotCollector(Collector):
 
     @staticmethod
     def _gauges(s: Snapshot) -> Iterator[Metric]:
+        yield _gauge("shards", "Shards of webhooks that this process runs", len(s.shards))
         yield _gauge("outbox_lag_seconds", "How far behind the reader is", s.outbox_lag_s)
         yield _gauge("outbox_backlog", "Events not read yet, by sequence number", s.outbox_backlog)
         yield _gauge("in_flight", "Requests out", s.in_flight)

@@ -203,6 +203,9 @@ class Desk:
         self.out[delivery] = done
         self.sent.append((delivery.key[0], delivery.key[1]))
 
+    def release_waiting(self, reason: str) -> None:
+        pass
+
     def close(self) -> None:
         """The webhook has another URL, or is gone."""
 

@@ -192,7 +192,14 @@ class House:
 
     # ── the engine ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def launch(self, prepare: Callable[[Engine], None] = lambda engine: None, **settings: Any) -> Running:
+    def launch(
+        self,
+        prepare: Callable[[Engine], None] = lambda engine: None,
+        *,
+        shard: int = 0,
+        shards: int = 1,
+        **settings: Any,
+    ) -> Running:
         guard = Guard(["127.0.0.0/8"], allow_http=True)
         given: dict[str, Any] = {"dsn": self.dsn, "listen_dsn": self.dsn, "jitter": 0.0, "drain_s": 10.0}
         given["defaults"] = EndpointDefaults((60.0,), PRESETS, 16, 30.0)
@@ -202,6 +209,8 @@ class House:
             guard=guard,
             vault=VAULT,
             ids=IDS,
+            shard=shard,
+            shards=shards,
             dice=random.Random(1),
         )
         prepare(engine)
@@ -222,6 +231,7 @@ class House:
         """Drain it."""
         running.engine.stop()
         await asyncio.wait_for(running.task, PATIENCE_S)
+        await running.engine.deliverer._transport.close()
         self.engines.remove(running)
         running.check()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from desk import Desk, endpoint
@@ -230,6 +231,22 @@ async def test_engine_that_lost_the_shard_takes_no_more_results() -> None:
     await desk.flush()
     assert not desk.shelf.attempts
     assert desk.lanes.in_flight == 0
+
+
+async def test_engine_that_hung_sends_nothing_until_its_lease_is_renewed() -> None:
+    rotating = {"previous_secret": "old", "previous_secret_expires_at": datetime.now(UTC) + timedelta(days=1)}
+    desk = Desk(endpoint(1, secret="new", max_concurrency=1, **rotating))
+    desk.deliverer.send_until(desk.clock.now + 7.0)
+    for _ in range(3):
+        desk.emit()
+    desk.clock.advance(8.0)
+    desk.answer(next(iter(desk.out)), 401)  # it came in meanwhile: no second try either
+    assert not desk.out
+    assert desk.lanes.queued == 2
+    desk.deliverer.send_until(desk.clock.now + 7.0)
+    assert len(desk.out) == 1
+    await desk.settle()
+    desk.check_settled()
 
 
 async def test_ordered_webhook_resumed_as_an_unordered_one_does_not_wait_for_its_head() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from datetime import timedelta
 from typing import Any
 
 import asyncpg
@@ -11,9 +12,10 @@ import pytest
 from house import until
 
 from dispatcher.engine import leases
-from dispatcher.engine.leases import REGISTRY, WAKE, Instance, Listener
+from dispatcher.engine.leases import REGISTRY, WAKE, Listener
+from dispatcher.store import fleet
 from dispatcher.store.database import connect
-from dispatcher.telemetry import Snapshot, Telemetry
+from dispatcher.telemetry import Telemetry
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +24,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def listener(dsn: str, name: str = "one") -> Listener:
-    instance = Instance(Snapshot)
-    instance.id = name
-    return Listener(dsn, 0, instance, Telemetry(), random.Random(1))
+    return Listener(dsn, 0, {"one": 1, "two": 2}[name], Telemetry(), random.Random(1))
 
 
 async def test_second_daemon_waits_as_standby_and_follows_when_the_first_is_gone(database: str) -> None:
@@ -35,8 +35,6 @@ async def test_second_daemon_waits_as_standby_and_follows_when_the_first_is_gone
     await second.open()
     waiting = asyncio.create_task(second.acquire(lambda: told.append("two")))
     await until(lambda: told)
-    db = await connect(database, name="test")
-    await until(lambda: db.fetchval("SELECT role = 'standby' FROM dispatcher.instance WHERE id = 'two'"))
     assert not waiting.done()
     tried_at = second._instance.waited_at
     assert tried_at is not None
@@ -45,9 +43,7 @@ async def test_second_daemon_waits_as_standby_and_follows_when_the_first_is_gone
     await asyncio.wait_for(waiting, 20)
     assert second._instance.waited_at is None, "it waits no longer"
     assert told == ["two"], "told once, and only who has to wait"
-    await second.close(leave=True)
-    assert await db.fetchval("SELECT count(*) FROM dispatcher.instance WHERE id = 'two'") == 0
-    await db.close()
+    await second.close()
 
 
 async def test_waiting_pins_no_snapshot(database: str) -> None:
@@ -90,7 +86,7 @@ async def test_beating_ends_with_the_connection(database: str) -> None:
     one.connection.terminate()
     with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
         await one.run()
-    await one.close(leave=True)
+    await one.close()
 
 
 async def test_read_only_server_gives_no_lease(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,3 +101,69 @@ async def test_read_only_server_gives_no_lease(database: str, monkeypatch: pytes
     with pytest.raises(asyncpg.CannotConnectNowError):
         await one.acquire(lambda: None)
     await one.close()
+
+
+async def test_holder_that_hangs_is_evicted_by_who_waits(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = listener(database, "one"), listener(database, "two")
+    await first.open()
+    await first.acquire(lambda: None)  # and then not a word
+    monkeypatch.setattr(fleet, "SILENT", timedelta(seconds=0.2))
+    lost = asyncio.Event()
+    first.connection.add_termination_listener(lambda _: lost.set())
+    await second.open()
+    await asyncio.wait_for(second.acquire(lambda: None), 20)
+    await asyncio.wait_for(lost.wait(), 20)
+    await first.close()
+    await second.close()
+
+
+async def test_holder_that_speaks_is_not_evicted(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = listener(database, "one"), listener(database, "two")
+    await first.open()
+    await first.acquire(lambda: None)
+    renewed = asyncio.Semaphore(0)
+    first.on_valid = lambda until: renewed.release()
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(fleet, "SILENT", timedelta(seconds=5))
+    renewing = asyncio.create_task(first.run())
+    await second.open()
+    waiting = asyncio.create_task(second.acquire(lambda: None))
+    for _ in range(50):
+        await renewed.acquire()
+    assert not waiting.done()
+    assert not renewing.done()
+    for task in (waiting, renewing):
+        task.cancel()
+    await asyncio.gather(waiting, renewing, return_exceptions=True)
+    await first.close()
+    await second.close()
+
+
+async def test_lease_is_valid_from_when_it_was_asked_for(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = listener(database)
+    await one.open()
+    told: list[float] = []
+    one.on_valid = told.append
+    before = asyncio.get_running_loop().time()
+    await one.acquire(lambda: None)
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.01)
+    renewing = asyncio.create_task(one.run())
+    await until(lambda: len(told) > 2)
+    assert before + leases.VALID_S <= told[0] < told[1] < told[2] <= asyncio.get_running_loop().time() + leases.VALID_S
+    renewing.cancel()
+    await asyncio.gather(renewing, return_exceptions=True)
+    await one.close()
+
+
+async def test_lease_given_back_is_taken_at_once(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "TRY_S", (1000.0, 1000.0))
+    first, second = listener(database, "one"), listener(database, "two")
+    await first.open()
+    await first.acquire(lambda: None)
+    await second.open()
+    told = asyncio.Event()
+    waiting = asyncio.create_task(second.acquire(told.set))
+    await told.wait()
+    await first.close()
+    await asyncio.wait_for(waiting, 20)
+    await second.close()

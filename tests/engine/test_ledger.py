@@ -92,7 +92,7 @@ async def test_results_collect_for_a_moment_and_go_down_together() -> None:
 
 async def test_full_ledger_stops_the_sending_and_the_commit_starts_it_again() -> None:
     desk = Desk(endpoint(1, max_concurrency=4))
-    desk.ledger._buffered_max = 4
+    desk.ledger.buffered_max = 4
     for _ in range(20):
         desk.emit()
     while desk.out:

@@ -115,6 +115,7 @@ class Operation:
         self.finish(result)
 
     def finish(self, result: Any) -> None:
+        self.connection.backend.spoke_at = self.connection.backend.server.clock()
         if self.connection.reaches and self.connection.backend.alive:
             self.connection.later(self.connection.weather.back_s(self.statement), self.hear, result)
 

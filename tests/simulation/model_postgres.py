@@ -134,6 +134,8 @@ class Backend:
         self.channels: dict[str, None] = {}
         self.leases: dict[int, None] = {}
         self.alive = True
+        self.spoke_at = server.clock()  # when its last statement ended
+        self.member = 0  # whose leases it holds
         self.transaction: Transaction | None = None
         self.asynchronous = False  # synchronous_commit = off
         self.on_end: Callable[[], None] = lambda: None
@@ -151,11 +153,16 @@ class Backend:
         if self.transaction is not None:
             self.transaction.abort()
             self.transaction = None
-        server.sleepers.pop(self, None)
-        for lease in self.leases:
-            del server.leases[lease]
+        self.let_go()
         del server.backends[self]
         self.on_end()
+
+    def let_go(self) -> None:
+        """Every advisory lock of the session."""
+        self.server.sleepers.pop(self, None)
+        for lease in self.leases:
+            del self.server.leases[lease]
+        self.leases.clear()
 
 
 class Watch:
@@ -241,9 +248,12 @@ class ModelPostgres:
             self.saved(transaction, None)
             self.watch.committed(transaction)
         for channel, payload in transaction.notes:
-            for backend in self.backends:
-                if channel in backend.channels:
-                    backend.deliver(channel, payload)
+            self.notify(channel, payload)
+
+    def notify(self, channel: str, payload: str) -> None:
+        for backend in self.backends:
+            if channel in backend.channels:
+                backend.deliver(channel, payload)
 
     def ended(self, transaction: Transaction) -> None:
         if transaction.xid:
@@ -502,7 +512,7 @@ def _take_over(server: ModelPostgres, transaction: Transaction, shard: int) -> l
 
 @_reads("shard", "cursor")
 def _cursor(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
-    return [Record(**server.shard)]
+    return [Record(**server.shard, shards=1)]
 
 
 @_reads("shard", "fall_asleep")
@@ -536,20 +546,31 @@ def _partitions_until(server: ModelPostgres, backend: Backend) -> list[Any]:
     return []
 
 
-@_reads("shard", "heartbeat")
-def _heartbeat(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
-    return ["INSERT 0 1"]
+@_reads("fleet", "sign")
+def _sign(server: ModelPostgres, backend: Backend, member: int) -> list[Any]:
+    backend.member = member
+    return [(True,)]
 
 
-@_reads("shard", "forget_instances")
-def _forget_instances(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
-    return ["DELETE 1"]
+@_reads("fleet", "part")
+def _part(server: ModelPostgres, backend: Backend) -> list[Any]:
+    backend.let_go()
+    server.notify("dispatcher_fleet", "")
+    return [(None, None)]
 
 
-def _spread(columns: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """A column of one element says the same for every row."""
-    rows = len(columns[0])
-    return [column * rows if len(column) == 1 else column for column in columns]
+@_reads("fleet", "renew")
+def _renew(server: ModelPostgres, backend: Backend) -> list[Any]:
+    return []
+
+
+@_reads("fleet", "evict")
+def _evict(server: ModelPostgres, backend: Backend, shard: int, silent: timedelta) -> list[Any]:
+    holder = server.leases.get(shard)
+    if holder is None or holder.spoke_at >= server.clock() - silent:
+        return [(0,)]
+    holder.end()
+    return [(1,)]
 
 
 @_writes("shard", "flush", locks=("shard",))
@@ -568,7 +589,7 @@ def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> 
     if prev is not None:
         shard.update(prev=prev, prev_at=prev_at, cur=cur, at_xid=at_xid, at_seq=at_seq)
     rows = {
-        "attempts": list(zip(*_spread(arguments[8:20]), strict=True)),
+        "attempts": list(zip(*_whole(arguments[8:20]), strict=True)),
         "pending": list(zip(*arguments[20:29], strict=True)),
         "settled": list(zip(*arguments[29:32], strict=True)),
         "discarded": list(zip(*arguments[32:34], strict=True)),
@@ -587,6 +608,12 @@ def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> 
     server.saved(transaction, undo)
     server.watch.flushed(backend, epoch, rows, prev is not None)
     return [(True,)]
+
+
+def _whole(columns: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Columns as the statement makes them: one that says the same in every row comes as one element."""
+    rows = len(columns[0])
+    return [column * rows if len(column) == 1 else column for column in columns]
 
 
 def _undo(server: ModelPostgres) -> Callable[[], None]:
@@ -639,12 +666,12 @@ def _pull(server: ModelPostgres, backend: Backend, *columns: Sequence[int]) -> l
 
 
 @_reads("pending", "held_endpoints")
-def _held_endpoints(server: ModelPostgres, backend: Backend) -> list[Any]:
+def _held_endpoints(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
     return [(endpoint,) for endpoint in sorted(server._held)]
 
 
 @_reads("pending", "heads")
-def _heads(server: ModelPostgres, backend: Backend) -> list[Any]:
+def _heads(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
     heads: dict[int, Key] = {}
     for key, row in server.pending.items():
         webhook = server.endpoints.get(key[0])
@@ -681,7 +708,7 @@ _DEFAULTS: Final = {
 
 
 @_reads("endpoint", "registry")
-def _registry(server: ModelPostgres, backend: Backend) -> list[Any]:
+def _registry(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
     version = server.registry_version
     server.watch.told_registry(backend, version)
     if not server.endpoints:

@@ -26,6 +26,7 @@ GAUGES = {
     "outbox_lag_seconds", "outbox_backlog", "in_flight", "retries_waiting", "oldest_pending_seconds", "endpoints",
     "lanes", "connections", "event_loop_lag_seconds", "build_info", "active", "progress_age_seconds", "database_up",
     "instances", "partitions_until_timestamp_seconds", "state_filesystem_size_bytes", "state_filesystem_avail_bytes",
+    "shards",
 }  # fmt: skip
 
 

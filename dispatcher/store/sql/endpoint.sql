@@ -1,10 +1,10 @@
 -- name: registry
--- What the engine needs of every webhook, and the version that goes with it, in one snapshot.
+-- What the engine needs of every webhook of a shard, and the version that goes with it, in one snapshot.
 SELECT (SELECT version FROM dispatcher.registry) AS registry_version,
        e.id, e.public_id, e.account_id, a.name AS account, e.url, e.events, e.status, e.secret, e.previous_secret,
        e.previous_secret_expires_at, e.headers, e.body_style, e.retry, e.max_concurrency, e.rate_limit, e.ordered, e.timeout_s,
        e.created_snapshot, e.version
-FROM (SELECT) AS one LEFT JOIN dispatcher.endpoint e ON true LEFT JOIN dispatcher.account a ON a.id = e.account_id;
+FROM (SELECT) AS one LEFT JOIN dispatcher.endpoint e ON e.shard = $1 LEFT JOIN dispatcher.account a ON a.id = e.account_id;
 
 -- name: health
 SELECT endpoint_id, failing_since, exhausted_at, last_error FROM dispatcher.endpoint_health;

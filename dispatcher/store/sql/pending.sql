@@ -24,7 +24,7 @@ CROSS JOIN LATERAL (
 LEFT JOIN dispatcher.event o ON o.xid = p.event_xid AND o.seq = p.event_seq AND o.written_at = p.event_at;
 
 -- name: held_endpoints
--- Webhooks with anything held: one probe of the partial index per webhook, not one per row.
+-- Webhooks of a shard, deleted ones included, with anything held: one probe of the partial index per webhook, not per row.
 WITH RECURSIVE next AS (
     (SELECT endpoint_id FROM dispatcher.pending WHERE due_at = 'infinity' ORDER BY endpoint_id LIMIT 1)
     UNION ALL
@@ -32,10 +32,11 @@ WITH RECURSIVE next AS (
             ORDER BY p.endpoint_id LIMIT 1)
     FROM next WHERE next.endpoint_id IS NOT NULL
 )
-SELECT endpoint_id FROM next WHERE endpoint_id IS NOT NULL;
+SELECT endpoint_id FROM next
+WHERE endpoint_id IS NOT NULL AND dispatcher.shard_of(endpoint_id, (SELECT count(*) FROM dispatcher.shard)) = $1;
 
 -- name: heads
--- The delivery each ordered webhook waits for: the one with a finite due time.
+-- The delivery each ordered webhook of a shard waits for: the one with a finite due time.
 SELECT DISTINCT ON (p.endpoint_id) p.endpoint_id, p.event_seq, p.generation
 FROM dispatcher.endpoint e JOIN dispatcher.pending p ON p.endpoint_id = e.id
-WHERE e.ordered AND p.due_at < 'infinity' ORDER BY p.endpoint_id, p.event_seq, p.generation;
+WHERE e.ordered AND e.shard = $1 AND p.due_at < 'infinity' ORDER BY p.endpoint_id, p.event_seq, p.generation;

@@ -9,7 +9,8 @@ SELECT pg_try_advisory_lock(1953656688, 1000 + $1::integer);
 UPDATE dispatcher.shard SET epoch = epoch + 1 WHERE id = $1 RETURNING epoch;
 
 -- name: cursor
-SELECT epoch, batch, prev, prev_at, cur, at_xid, at_seq, system, floor FROM dispatcher.shard WHERE id = $1;
+SELECT epoch, batch, prev, prev_at, cur, at_xid, at_seq, system, floor, (SELECT count(*) FROM dispatcher.shard) AS shards
+FROM dispatcher.shard WHERE id = $1;
 
 -- name: anchor
 -- After a restore: transaction ids mean those of cluster $3 from here on, and everything visible in $4 counts as read.
@@ -17,8 +18,8 @@ UPDATE dispatcher.shard SET system = $3, prev = $4, prev_at = $5, floor = $5, cu
 WHERE id = $1 AND epoch = $2;
 
 -- name: naturalize
--- After a restore: every webhook is older than any event to come.
-UPDATE dispatcher.endpoint SET created_snapshot = '1:1:';
+-- After a restore: every webhook of the shard is older than any event to come.
+UPDATE dispatcher.endpoint SET created_snapshot = '1:1:' WHERE shard = $1;
 
 -- name: fall_asleep
 SELECT pg_try_advisory_lock_shared(1953656688, 0);
@@ -73,6 +74,10 @@ DELETE FROM dispatcher.instance WHERE heartbeat_at < now() - interval '1 day' OR
 -- name: instances
 SELECT id, host, pid, role, version, started_at, heartbeat_at, snapshot FROM dispatcher.instance
 WHERE heartbeat_at > now() - interval '5 seconds' ORDER BY started_at;
+
+-- name: shards
+SELECT s.id, s.prev_at, (SELECT count(*) FROM dispatcher.endpoint e WHERE e.shard = s.id) AS webhooks
+FROM dispatcher.shard s ORDER BY s.id;
 
 -- name: settings
 SELECT key, value FROM dispatcher.setting;

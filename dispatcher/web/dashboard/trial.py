@@ -9,7 +9,7 @@ from typing import Final
 
 from aiohttp import web
 
-from dispatcher.core.routing import valid_type
+from dispatcher.core.rendering import is_type
 from dispatcher.model import BodyStyle
 from dispatcher.web.answers import check_query
 from dispatcher.web.bodies import parse_body
@@ -80,7 +80,7 @@ class TrialPage:
         subject = await subject_of(self._desk, request)
         webhook: WebhookAnswer = subject["webhook"]
         catalogue = self._desk.parts.catalogue
-        own = [name for name in webhook.events if valid_type(name) and name not in catalogue.names()]
+        own = [name for name in webhook.events if is_type(name) and name not in catalogue.names()]
         samples = {entry.name: pretty(entry.sample) for entry in catalogue} | dict.fromkeys(own, "{}")
         if kind not in samples:
             kind = kind if data is not None else await self._usual(request, samples)
