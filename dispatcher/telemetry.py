@@ -80,6 +80,7 @@ class TroubledEndpoint(msgspec.Struct, frozen=True):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The engine at one moment: counters since the process started, gauges as they stand."""
 
+    schema: int = 0  # the version this program was written for
     role: str = "standby"  # active | standby
     database: bool = False  # reachable right now
     progress_age_s: float = 0.0  # since the engine's loops last went round

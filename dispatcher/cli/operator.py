@@ -180,25 +180,36 @@ def check_config(file: Path | None, as_json: bool) -> None:
 def migrate(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
     """Bring the database's schema up.
 
-    Safe to run twice, and from two hosts at once. Everything is applied in one transaction, or nothing is. The embedded
+    Safe to run twice, under load, from two hosts at once, and beside daemons of the release before: migrate first, then
+    restart one daemon after the other. Each migration is applied whole or not at all; none keeps producers waiting. One
+    that takes away what a running older daemon needs is postponed: run this again when that daemon is gone. The embedded
     PostgreSQL needs no migrate: whoever starts it brings it up.
     """
     config = _configuration(config_file, quiet=True)
 
-    async def act() -> list[dict[str, object]]:
-        from dispatcher.store.database import migrate
+    async def act() -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+        from dispatcher.store.schema import migrate
 
         async with _database(config) as reachable:
-            steps = await migrate(reachable.database.dsn, dry_run=dry_run)
-        return [{"version": step.version, "name": step.name} for step in steps]
+            dsn = reachable.database.dsn
+            applied = [] if dry_run else await migrate(dsn)
+            missing = await migrate(dsn, dry_run=True)
+        return (
+            [{"version": step.version, "name": step.name} for step in applied],
+            [{"version": step.version, "name": step.name} for step in missing],
+        )
 
-    steps = _run(_mapped(act()))
+    applied, missing = _run(_mapped(act()))
     if for_programs(as_json):
-        print_json({"dry_run": dry_run, "applied": [] if dry_run else steps, "missing": steps if dry_run else []})
+        print_json({"dry_run": dry_run, "applied": applied, "missing": missing})
         return
-    for step in steps:
-        click.echo(f"{'would apply' if dry_run else 'applied'} {step['version']:04}: {step['name']}")
-    if not steps:
+    for step in applied:
+        click.echo(f"applied {step['version']:04}: {step['name']}")
+    for step in missing:
+        click.echo(f"{'would apply' if dry_run else 'postponed'} {step['version']:04}: {step['name']}")
+    if missing and not dry_run:
+        hint("An older daemon still needs what that takes away: dispatcher status shows it. Then migrate again.")
+    if not applied and not missing:
         click.echo("the schema is up to date")
 
 
@@ -445,7 +456,8 @@ async def _database(config: Config) -> AsyncIterator[Config]:
 @contextlib.asynccontextmanager
 async def _session(config_file: Path | None) -> AsyncIterator[tuple[Config, Any]]:
     """The configuration and a connection to its database, whose schema is ours."""
-    from dispatcher.store.database import check_schema, connect
+    from dispatcher.store.database import connect
+    from dispatcher.store.schema import check_schema
 
     async with _database(_configuration(config_file, quiet=True)) as config:
         connection = await connect(config.database.dsn, name="dispatcher command")

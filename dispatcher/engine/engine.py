@@ -37,11 +37,12 @@ from dispatcher.engine.retries import Retries
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
 from dispatcher.model import EndpointStatus
-from dispatcher.store.database import TROUBLE, check_schema, close, connect, raise_if_cancelled, statements
+from dispatcher.store.database import TROUBLE, close, connect, raise_if_cancelled, statements
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.outbox import CLOCK_SLACK
 from dispatcher.store.pending import PendingStore
 from dispatcher.store.retention import Retention
+from dispatcher.store.schema import check_schema, written_for
 from dispatcher.store.shard import ShardState, ShardStore
 from dispatcher.store.vault import Vault
 from dispatcher.telemetry import NO_ENDPOINTS, Snapshot, Telemetry, TroubledEndpoint
@@ -416,6 +417,7 @@ class Engine:
         behind = reader.read_to if active and reader else None
         oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
         return Snapshot(
+            schema=written_for(),
             role=self.role,
             database=self.database,
             progress_age_s=(

@@ -25,7 +25,8 @@ from typing import Any, Final
 
 import asyncpg
 
-from dispatcher.store.database import migrations, statements
+from dispatcher.store.database import statements
+from dispatcher.store.schema import migrations
 
 HELD: Final = datetime.max  # noqa: DTZ901  as asyncpg spells infinity
 FOREVER_AGO: Final = datetime(1, 1, 1, tzinfo=UTC)

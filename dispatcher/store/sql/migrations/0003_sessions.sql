@@ -1,3 +1,4 @@
+-- oldest program: 2
 -- Sessions of the dashboard. A row names its session by a hash, as keys are kept: who reads this table cannot sign in with it.
 CREATE TABLE dispatcher.session (
     hash       bytea PRIMARY KEY,  -- SHA-256 of the random id that only the browser has
