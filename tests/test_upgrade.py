@@ -227,11 +227,13 @@ async def test_first_schema_with_data_comes_up_under_load_and_keeps_every_row(
     await subscribe(connection, "https://example.com/")
     await connection.execute(
         """
-        INSERT INTO dispatcher.outbox (type, data) SELECT 'a.b', json_build_object('n', n) FROM generate_series(1, 500) n;
+        INSERT INTO dispatcher.outbox (type, data)
+            SELECT 'a.b', json_build_object('n', n) FROM generate_series(1, 500) n;
         INSERT INTO dispatcher.attempt (at, event_seq, event_xid, endpoint_id, generation, attempt, state, result,
                                         status, duration_us)
             SELECT now(), seq, xid, 1, 0, 1, 'retrying', '5xx', 500, 1 FROM dispatcher.outbox;
-        INSERT INTO dispatcher.pending (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)
+        INSERT INTO dispatcher.pending (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts,
+                                        due_at)
             SELECT 1, seq, 0, xid, written_at, 'retrying', 1, now() + interval '1 hour' FROM dispatcher.outbox;
         """
     )

@@ -31,8 +31,8 @@ DAY_STEPS: Final = 100
 FLUSH_STEP: Final = 500
 
 SETTLE: Final = """
-    WITH due AS (SELECT endpoint_id, event_seq, generation, row_number() OVER (ORDER BY due_at) AS n FROM dispatcher.pending
-                 WHERE shard = 0 AND due_at < 'infinity' ORDER BY due_at LIMIT $1),
+    WITH due AS (SELECT endpoint_id, event_seq, generation, row_number() OVER (ORDER BY due_at) AS n
+                 FROM dispatcher.pending WHERE shard = 0 AND due_at < 'infinity' ORDER BY due_at LIMIT $1),
          again AS (UPDATE dispatcher.pending p SET due_at = p.due_at + interval '600 s', attempts = attempts + 1
                    FROM due d WHERE n % 2 = 0 AND (p.endpoint_id, p.event_seq, p.generation)
                                                   = (d.endpoint_id, d.event_seq, d.generation))
@@ -191,7 +191,11 @@ async def _pending(cell: Cell, rule: Rule, sizes: Sizes) -> dict[str, Any]:
         await db.execute(FAIL, seq + 1, seq + STEP // 2)
         seq += STEP // 2
         await janitor.after(inserted=STEP // 2, deleted=STEP // 2, updated=STEP // 2)
-    return {**janitor.figures(), **await _size(db, "dispatcher.pending"), "refill pages": pages / (sizes["churn"] // STEP)}
+    return {
+        **janitor.figures(),
+        **await _size(db, "dispatcher.pending"),
+        "refill pages": pages / (sizes["churn"] // STEP),
+    }
 
 
 async def _refill_pages(db: Any) -> int:

@@ -181,9 +181,9 @@ def migrate(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
     """Bring the database's schema up.
 
     Safe to run twice, under load, from two hosts at once, and beside daemons of the release before: migrate first, then
-    restart one daemon after the other. Each migration is applied whole or not at all; none keeps producers waiting. One
-    that takes away what a running older daemon needs is postponed: run this again when that daemon is gone. The embedded
-    PostgreSQL needs no migrate: whoever starts it brings it up.
+    restart one daemon after the other. Each migration is applied whole or not at all; none keeps producers waiting.
+    One that takes away what a running older daemon needs is postponed: run this again when that daemon is gone. The
+    embedded PostgreSQL needs no migrate: whoever starts it brings it up.
     """
     config = _configuration(config_file, quiet=True)
 
@@ -213,26 +213,39 @@ def migrate(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
         click.echo("the schema is up to date")
 
 
-@main.command()
+@main.command(epilog=examples("dispatcher prune --dry-run", "dispatcher prune --json | jq .dropped"))
 @config_option
+@click.option("--dry-run", "-n", is_flag=True, help="Only say what would be made and dropped.")
 @json_option
-def prune(config_file: Path | None, as_json: bool) -> None:
-    """Drop history that is older than [retention] says, now.
+def prune(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Drop history that is older than [retention] says, and make the coming days' partitions, now.
 
-    The daemon does this by itself every so often. What a delivery still needs is kept, however old it is.
+    The daemon does this by itself every ten minutes; beside it, and beside another prune, this waits for its turn. What
+    a delivery still needs is kept, however old it is. What somebody's transaction is in the way of is postponed.
     """
 
-    async def act() -> list[str]:
+    async def act() -> Any:
         from dispatcher.store.retention import Retention
 
         async with _session(config_file) as (config, connection):
-            return await Retention(connection, config.retention.events_s, config.retention.attempts_s).run()
+            retention = Retention(connection, config.retention.events_s, config.retention.attempts_s)
+            return await retention.run(dry_run=dry_run)
 
-    dropped = _run(_mapped(act()))
+    done = _run(_mapped(act()))
     if for_programs(as_json):
-        print_json({"dropped": dropped})
-    else:
-        click.echo("\n".join(f"dropped {name}" for name in dropped) or "nothing is old enough to be dropped")
+        print_json({"dry_run": dry_run, **{name: getattr(done, name) for name in done.__struct_fields__}})
+        return
+    would = "would be " if dry_run else ""
+    lines = [
+        *(f"{name} {would}made" for name in done.made),
+        *(f"{name} {would}dropped" for name in done.dropped),
+        *(f"{name} kept: a delivery still needs it" for name in done.kept),
+        *(f"{name} postponed: a transaction is in the way" for name in done.postponed),
+        *(f"{name} made of {rows:,} rows from the DEFAULT partition" for name, rows in done.moved.items()),
+        *(f"{table}_default holds {rows:,} rows until they are old" for table, rows in done.astray.items()),
+        *(f"{table}: {rows:,} rows deleted" for table, rows in done.deleted.items()),
+    ]
+    click.echo("\n".join(lines) or "nothing to do")
 
 
 # ── API keys ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -41,11 +41,11 @@ from dispatcher.store.database import TROUBLE, close, connect, raise_if_cancelle
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.outbox import CLOCK_SLACK
 from dispatcher.store.pending import PendingStore
-from dispatcher.store.retention import Retention
+from dispatcher.store.retention import Pruned, Retention
 from dispatcher.store.schema import check_schema, written_for
 from dispatcher.store.shard import ShardState, ShardStore
 from dispatcher.store.vault import Vault
-from dispatcher.telemetry import NO_ENDPOINTS, Snapshot, Telemetry, TroubledEndpoint
+from dispatcher.telemetry import NO_ENDPOINTS, Snapshot, TableSize, Telemetry, TroubledEndpoint
 
 SHARD: Final = 0
 BUFFERED_MAX: Final = 10_000  # outcomes waiting for PostgreSQL: 4 MB, and the most a crash then sends twice
@@ -116,6 +116,9 @@ class Engine:
         self._oldest_pending_at: datetime | None = None
         self._newest_seq = 0
         self._statuses = NO_ENDPOINTS
+        self._pruned = Pruned()
+        self._sizes: list[TableSize] = []
+        self._retained_at = 0.0
         self.telemetry = Telemetry()
         lanes: Lanes[Delivery] = Lanes(
             queued_max=settings.max_queued,
@@ -397,7 +400,10 @@ class Engine:
             try:
                 connection = await connect(settings.dsn, name="dispatcher retention")
                 try:
-                    await Retention(connection, settings.events_kept_s, settings.attempts_kept_s).run()
+                    retention = Retention(connection, settings.events_kept_s, settings.attempts_kept_s)
+                    self._pruned = await retention.run()
+                    self._sizes = await retention.sizes()
+                    self._retained_at = self._wall()
                 finally:
                     await close(connection, CLOSE_S)
             except (DatabaseUnreachable, *TROUBLE) as error:
@@ -455,6 +461,9 @@ class Engine:
                 )
                 for s in deliverer.troubled(WORST)
             ],
+            tables=self._sizes,
+            astray_rows=self._pruned.astray,
+            retention_unix_s=self._retained_at,
         )
 
 

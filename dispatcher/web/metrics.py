@@ -57,6 +57,7 @@ class SnapshotCollector(Collector):
         yield _counters("attempts", "HTTP requests by what they came to", "result", Result, s.attempts)
         yield from self._histograms(s)
         yield from self._gauges(s)
+        yield from self._tables(s)
 
     @staticmethod
     def _histograms(s: Snapshot) -> Iterator[Metric]:
@@ -88,6 +89,25 @@ class SnapshotCollector(Collector):
         yield _gauges("connections", "Connections to subscribers", "state", (), s.connections)
         yield _gauge("event_loop_lag_seconds", "How late the event loop runs what is due", s.event_loop_lag_s)
 
+    @staticmethod
+    def _tables(s: Snapshot) -> Iterator[Metric]:
+        """What retention saw at its last run, some minutes ago; nothing on a standby, which runs none."""
+        if not s.retention_unix_s:
+            return
+        sizes = {table.table: table.bytes for table in s.tables}
+        rows = {table.table: table.rows for table in s.tables}
+        days = {table.table: table.partitions for table in s.tables if table.ahead_unix_s is not None}
+        ends = {table.table: table.ahead_unix_s for table in s.tables if table.ahead_unix_s is not None}
+        astray = {table: s.astray_rows.get(table, 0) for table in days}
+        yield _gauges("table_bytes", "Size on disk, with partitions, indexes and TOAST", "table", (), sizes)
+        yield _gauges("table_rows", "Rows, by PostgreSQL's estimate", "table", (), rows)
+        yield _gauges("table_partitions", "Days there is a partition for", "table", (), days)
+        yield _gauges("default_partition_rows", "Rows that no day's partition was there for", "table", (), astray)
+        yield _gauges(
+            "partition_horizon_timestamp_seconds", "End of the last day there is a partition for", "table", (), ends
+        )
+        yield _gauge("retention_last_run_timestamp_seconds", "When retention last ran to its end", s.retention_unix_s)
+
 
 def _counter(name: str, help_text: str, value: float) -> Metric:
     return CounterMetricFamily(f"{PREFIX}{name}", help_text, value=value)
@@ -104,7 +124,7 @@ def _gauge(name: str, help_text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"{PREFIX}{name}", help_text, value=value)
 
 
-def _gauges(name: str, help_text: str, label: str, known: Iterable[str], values: Mapping[str, int]) -> Metric:
+def _gauges(name: str, help_text: str, label: str, known: Iterable[str], values: Mapping[str, float]) -> Metric:
     family = GaugeMetricFamily(f"{PREFIX}{name}", help_text, labels=[label])
     for value in _known_first(known, values):
         family.add_metric([value], values.get(value, 0))

@@ -178,9 +178,7 @@ async def test_program_refuses_a_schema_that_left_it_behind_and_says_what_is_nee
         assert "restore a backup" in str(caught.value)
 
 
-async def test_program_runs_without_a_migration_that_only_takes_away(
-    db: Any, adding: Callable[..., Migration]
-) -> None:
+async def test_program_runs_without_a_migration_that_only_takes_away(db: Any, adding: Callable[..., Migration]) -> None:
     adding("DROP VIEW dispatcher.event", oldest=LATER - 1, contracts=True)
     await check_schema(db)
     adding("CREATE TABLE dispatcher.more ()", version=LATER + 1)

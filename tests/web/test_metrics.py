@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dispatcher import __version__
 from dispatcher.errors import ConfigurationError
 from dispatcher.model import Result
-from dispatcher.telemetry import LONG_SECONDS, Histogram, Snapshot
+from dispatcher.telemetry import LONG_SECONDS, Histogram, Snapshot, TableSize
 from dispatcher.web.metrics import build_metrics_app
 from dispatcher.web.server import serve
 
@@ -22,7 +22,8 @@ COUNTERS = {"events", "deliveries", "attempts"}
 HISTOGRAMS = {"attempt_duration_seconds", "delivery_latency_seconds", "settle_batch_size", "database_seconds"}
 GAUGES = {
     "outbox_lag_seconds", "outbox_backlog", "in_flight", "retries_waiting", "oldest_pending_seconds", "endpoints",
-    "lanes", "connections", "event_loop_lag_seconds", "build_info",
+    "lanes", "connections", "event_loop_lag_seconds", "build_info", "table_bytes", "table_rows", "table_partitions",
+    "default_partition_rows", "partition_horizon_timestamp_seconds", "retention_last_run_timestamp_seconds",
 }  # fmt: skip
 
 
@@ -50,6 +51,9 @@ def busy() -> Snapshot:
         lanes={"ready": 3, "dead": 1, "probing": 0},
         connections={"idle": 2, "busy": 4},
         event_loop_lag_s=0.001,
+        tables=[TableSize("outbox", 4096, 12, 8, 2e9), TableSize("pending", 1024, 3, 0, None)],
+        astray_rows={"outbox": 5},
+        retention_unix_s=1.9e9,
     )
 
 
@@ -117,6 +121,22 @@ async def test_numbers_are_those_of_the_snapshot(listener: Listener) -> None:
     assert value("lanes", state="dead") == 1
     assert value("connections", state="idle") == 2
     assert value("event_loop_lag_seconds") == 0.001
+
+
+async def test_tables_are_those_that_retention_saw(listener: Listener) -> None:
+    value = await listener.scrape()
+    assert (value("table_bytes", table="outbox"), value("table_bytes", table="pending")) == (4096, 1024)
+    assert value("table_rows", table="pending") == 3
+    assert value("table_partitions", table="outbox") == 8
+    assert value("default_partition_rows", table="outbox") == 5
+    assert value("partition_horizon_timestamp_seconds", table="outbox") == 2e9
+    assert value("retention_last_run_timestamp_seconds") == 1.9e9
+    assert ("partition_horizon_timestamp_seconds", ("table", "pending")) not in value.samples
+
+
+async def test_daemon_that_has_not_run_retention_says_nothing_of_tables(listener: Listener) -> None:
+    listener.snapshot = Snapshot()
+    assert not [name for name, *_ in (await listener.scrape()).samples if "table" in name or "partition" in name]
 
 
 async def test_histograms_are_cumulated(listener: Listener) -> None:

@@ -38,6 +38,30 @@ CREATE FUNCTION dispatcher.partition_settings() RETURNS text LANGUAGE sql IMMUTA
     $$ SELECT 'autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 100000, '
               'autovacuum_freeze_min_age = 0, autovacuum_analyze_scale_factor = 0.5' $$;
 REVOKE EXECUTE ON FUNCTION dispatcher.partition_settings() FROM PUBLIC;
+
+-- Moves a day out of the DEFAULT partition into one of its own and returns how many rows it has. All at once: whoever reads
+-- sees each row once, before or after. The caller sets a lock timeout.
+CREATE FUNCTION dispatcher.move_from_default(parent text, clock text, day date)
+RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    leaf  text := parent || '_' || to_char(day, 'YYYYMMDD');
+    first timestamptz := day::timestamp AT TIME ZONE 'UTC';
+    after timestamptz := (day + 1)::timestamp AT TIME ZONE 'UTC';
+    moved integer;
+BEGIN
+    -- Before the DELETE looks, so that no row comes in behind its back; in the order of an INSERT: parent, then leaf.
+    EXECUTE format('LOCK TABLE ONLY dispatcher.%I IN SHARE UPDATE EXCLUSIVE MODE', parent);
+    EXECUTE format('LOCK TABLE ONLY dispatcher.%I IN ACCESS EXCLUSIVE MODE', parent || '_default');
+    EXECUTE format('CREATE TABLE dispatcher.%I (LIKE dispatcher.%I INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES)'
+                   ' WITH (%s)', leaf, parent, dispatcher.partition_settings());
+    EXECUTE format('WITH gone AS (DELETE FROM dispatcher.%I WHERE %I >= $1 AND %2$I < $2 RETURNING *)'
+                   ' INSERT INTO dispatcher.%3$I SELECT * FROM gone', parent || '_default', clock, leaf) USING first, after;
+    GET DIAGNOSTICS moved = ROW_COUNT;
+    EXECUTE format('ALTER TABLE dispatcher.%I ATTACH PARTITION dispatcher.%I FOR VALUES FROM (%L) TO (%L)', parent, leaf, first, after);
+    RETURN moved;
+END $$;
+REVOKE EXECUTE ON FUNCTION dispatcher.move_from_default(text, text, date) FROM PUBLIC;
+
 DO $$
 DECLARE
     leaf regclass;
