@@ -50,8 +50,8 @@ from dispatcher.config import load
 from dispatcher.daemon import open_vault
 from dispatcher.embedded import DATABASE, EmbeddedPostgres
 from dispatcher.model import BodyStyle
-from dispatcher.store.database import migrate
 from dispatcher.store.endpoints import EndpointChange, EndpointStore
+from dispatcher.store.schema import migrate
 
 START_S: Final = 60.0
 STOP_S: Final = 60.0

@@ -18,7 +18,7 @@ from bench.report import Report
 
 ORDER: Final = (
     "transport", "throughput", "latency", "light", "isolation", "producers", "growth", "retries", "recovery", "memory",
-    "soak", "peers",
+    "soak", "vacuum", "peers",
 )  # fmt: skip
 
 

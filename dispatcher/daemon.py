@@ -35,13 +35,14 @@ from dispatcher.engine.trials import SingleShot, is_released
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, DispatcherError
 from dispatcher.logs import start_logging
 from dispatcher.store.accounts import AccountStore
-from dispatcher.store.database import check_schema, connect, migrate, open_pool, place, statements
+from dispatcher.store.database import connect, open_pool, place, statements
 from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
 from dispatcher.store.operator import OperatorStore
 from dispatcher.store.overview import OverviewStore
 from dispatcher.store.replays import ReplayStore
+from dispatcher.store.schema import check_schema, migrate
 from dispatcher.store.sessions import SessionStore
 from dispatcher.store.vault import Vault, new_key
 from dispatcher.telemetry import Snapshot

@@ -4,6 +4,7 @@ DispatcherError
 ├── ConfigurationError     a setting is wrong; says key, value and what was expected     exit code 2
 ├── DatabaseUnreachable    PostgreSQL cannot be reached, or does not let us in           exit code 3
 ├── SchemaMismatch         the schema is older or newer than this program                exit code 2
+├── MigrationBlocked       a transaction does not let go of a table that is to be changed   exit code 1
 ├── EmbeddedError          the embedded PostgreSQL cannot be found, made or started      exit code 3
 ├── Fenced                 another daemon holds this shard now; whoever gets this stops writing
 ├── ShardsInUse            the number of shards cannot change now; says what is in the way
@@ -35,6 +36,10 @@ class DatabaseUnreachable(DispatcherError):
 
 class SchemaMismatch(DispatcherError):
     """The schema and this program do not fit together; the message names the command that mends it."""
+
+
+class MigrationBlocked(DispatcherError):
+    """A migration could not have its lock for a long time; the message names who holds it."""
 
 
 class EmbeddedError(DispatcherError):

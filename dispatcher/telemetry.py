@@ -78,9 +78,20 @@ class TroubledEndpoint(msgspec.Struct, frozen=True):
     error: str | None
 
 
+class TableSize(msgspec.Struct, frozen=True):
+    """One table of the store, its partitions, indexes and TOAST included."""
+
+    table: str
+    bytes: int
+    rows: int  # PostgreSQL's estimate
+    partitions: int  # days
+    ahead_unix_s: float | None  # end of the last day there is a partition for; None: not partitioned
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The engine at one moment: counters since the process started, gauges as they stand."""
 
+    schema: int = 0  # the version this program was written for
     role: str = "standby"  # active | standby | web
     shards: list[int] = msgspec.field(default_factory=list)  # that it runs
     database: bool = False  # reachable right now
@@ -109,6 +120,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     instances: dict[str, int] = msgspec.field(default_factory=dict)  # daemons on this database, by role
     partitions_until_unix_s: dict[str, float] = msgspec.field(default_factory=dict)  # by table: end of the last one
     worst: list[TroubledEndpoint] = msgspec.field(default_factory=list)
+    tables: list[TableSize] = msgspec.field(default_factory=list)  # as of the last retention run
+    astray_rows: dict[str, int] = msgspec.field(default_factory=dict)  # in a DEFAULT partition, by table
+    retention_unix_s: float = 0.0  # when retention last ran to its end; 0: not yet
 
 
 _SUMS: Final = ("events", "released", "in_flight", "queued", "buffered", "retries_waiting", "database_losses")

@@ -105,7 +105,7 @@ def administrator(postgres: EmbeddedPostgres) -> Iterator[Administrator]:
 @pytest.fixture(scope="session")
 def template(administrator: Administrator) -> str:
     """The name of a database with the whole schema and nothing in it; nobody may stay connected to it."""
-    from dispatcher.store.database import migrate
+    from dispatcher.store.schema import migrate
 
     name = administrator.create("template1")
     administrator.run(migrate(administrator.dsn_of(name)))

@@ -21,7 +21,7 @@ import pytest
 from aiohttp import web
 
 from dispatcher.embedded import EmbeddedPostgres
-from dispatcher.store.database import migrate
+from dispatcher.store.schema import migrate
 
 PATIENCE_S = 60.0  # for what must happen; nothing here asserts how fast
 DISPATCHER = [sys.executable, "-c", "from dispatcher.cli.operator import main; main()"]

@@ -201,48 +201,72 @@ def check_config(file: Path | None, as_json: bool, as_reference: bool, as_exampl
 def migrate(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
     """Bring the database's schema up.
 
-    Safe to run twice, and from two hosts at once. Everything is applied in one transaction, or nothing is. The embedded
-    PostgreSQL needs no migrate: whoever starts it brings it up.
+    Safe to run twice, under load, from two hosts at once, and beside daemons of the release before: migrate first, then
+    restart one daemon after the other. Each migration is applied whole or not at all; none keeps producers waiting.
+    One that takes away what a running older daemon needs is postponed: run this again when that daemon is gone. The
+    embedded PostgreSQL needs no migrate: whoever starts it brings it up.
     """
     config = _configuration(config_file, quiet=True)
 
-    async def act() -> list[dict[str, object]]:
-        from dispatcher.store.database import migrate
+    async def act() -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+        from dispatcher.store.schema import migrate
 
         async with _database(config) as reachable:
-            steps = await migrate(reachable.database.dsn, dry_run=dry_run)
-        return [{"version": step.version, "name": step.name} for step in steps]
+            dsn = reachable.database.dsn
+            applied = [] if dry_run else await migrate(dsn)
+            missing = await migrate(dsn, dry_run=True)
+        return (
+            [{"version": step.version, "name": step.name} for step in applied],
+            [{"version": step.version, "name": step.name} for step in missing],
+        )
 
-    steps = _run(_mapped(act()))
+    applied, missing = _run(_mapped(act()))
     if for_programs(as_json):
-        print_json({"dry_run": dry_run, "applied": [] if dry_run else steps, "missing": steps if dry_run else []})
+        print_json({"dry_run": dry_run, "applied": applied, "missing": missing})
         return
-    for step in steps:
-        click.echo(f"{'would apply' if dry_run else 'applied'} {step['version']:04}: {step['name']}")
-    if not steps:
+    for step in applied:
+        click.echo(f"applied {step['version']:04}: {step['name']}")
+    for step in missing:
+        click.echo(f"{'would apply' if dry_run else 'postponed'} {step['version']:04}: {step['name']}")
+    if missing and not dry_run:
+        hint("An older daemon still needs what that takes away: dispatcher status shows it. Then migrate again.")
+    if not applied and not missing:
         click.echo("the schema is up to date")
 
 
-@main.command(epilog=examples("dispatcher prune"))
+@main.command(epilog=examples("dispatcher prune --dry-run", "dispatcher prune --json | jq .dropped"))
 @config_option
+@click.option("--dry-run", "-n", is_flag=True, help="Only say what would be made and dropped.")
 @json_option
-def prune(config_file: Path | None, as_json: bool) -> None:
-    """Drop history that is older than [retention] says, now.
+def prune(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Drop history that is older than [retention] says, and make the coming days' partitions, now.
 
-    The daemon does this by itself every so often. What a delivery still needs is kept, however old it is.
+    The daemon does this by itself every ten minutes; beside it, and beside another prune, this waits for its turn. What
+    a delivery still needs is kept, however old it is. What somebody's transaction is in the way of is postponed.
     """
 
-    async def act() -> list[str]:
+    async def act() -> Any:
         from dispatcher.store.retention import Retention
 
         async with _session(config_file) as (config, connection):
-            return await Retention(connection, config.retention.events_s, config.retention.attempts_s).run()
+            retention = Retention(connection, config.retention.events_s, config.retention.attempts_s)
+            return await retention.run(dry_run=dry_run)
 
-    dropped = _run(_mapped(act()))
+    done = _run(_mapped(act()))
     if for_programs(as_json):
-        print_json({"dropped": dropped})
-    else:
-        click.echo("\n".join(f"dropped {name}" for name in dropped) or "nothing is old enough to be dropped")
+        print_json({"dry_run": dry_run, **{name: getattr(done, name) for name in done.__struct_fields__}})
+        return
+    would = "would be " if dry_run else ""
+    lines = [
+        *(f"{name} {would}made" for name in done.made),
+        *(f"{name} {would}dropped" for name in done.dropped),
+        *(f"{name} kept: a delivery still needs it" for name in done.kept),
+        *(f"{name} postponed: a transaction is in the way" for name in done.postponed),
+        *(f"{name} made of {rows:,} rows from the DEFAULT partition" for name, rows in done.moved.items()),
+        *(f"{table}_default holds {rows:,} rows until they are old" for table, rows in done.astray.items()),
+        *(f"{table}: {rows:,} rows deleted" for table, rows in done.deleted.items()),
+    ]
+    click.echo("\n".join(lines) or "nothing to do")
 
 
 @main.command(
@@ -588,7 +612,8 @@ async def _database(config: Config) -> AsyncIterator[Config]:
 @contextlib.asynccontextmanager
 async def _session(config_file: Path | None) -> AsyncIterator[tuple[Config, Any]]:
     """The configuration and a connection to its database, whose schema is ours."""
-    from dispatcher.store.database import check_schema, connect
+    from dispatcher.store.database import connect
+    from dispatcher.store.schema import check_schema
 
     async with _database(_configuration(config_file, quiet=True)) as config:
         connection = await connect(config.database.dsn, name="dispatcher command")

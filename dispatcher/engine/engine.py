@@ -38,14 +38,15 @@ from dispatcher.engine.retries import Retries
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
 from dispatcher.model import EndpointStatus
-from dispatcher.store.database import TROUBLE, check_schema, close, connect, raise_if_cancelled, statements
+from dispatcher.store.database import TROUBLE, close, connect, raise_if_cancelled, statements
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.outbox import CLOCK_SLACK
 from dispatcher.store.pending import PendingStore
-from dispatcher.store.retention import Retention
+from dispatcher.store.retention import Pruned, Retention
+from dispatcher.store.schema import check_schema, written_for
 from dispatcher.store.shard import ShardState, ShardStore
 from dispatcher.store.vault import Vault
-from dispatcher.telemetry import NO_ENDPOINTS, WORST, Snapshot, Telemetry, TroubledEndpoint
+from dispatcher.telemetry import NO_ENDPOINTS, WORST, Snapshot, TableSize, Telemetry, TroubledEndpoint
 
 BUFFERED_MAX: Final = 10_000  # outcomes waiting for PostgreSQL: 4 MB, and the most a crash then sends twice
 RETRIES_SHARE: Final = 4  # retries may fill a quarter of the queues
@@ -131,6 +132,9 @@ class Engine:
         self._statuses = NO_ENDPOINTS
         self._instances: dict[str, int] = {}
         self._partitions_until: dict[str, float] = {}
+        self._pruned = Pruned()
+        self._sizes: list[TableSize] = []
+        self._retained_at = 0.0
         self.telemetry = telemetry or Telemetry()
         lanes: Lanes[Delivery] = Lanes(
             queued_max=settings.max_queued,
@@ -431,7 +435,10 @@ class Engine:
             try:
                 connection = await connect(settings.dsn, name="dispatcher retention")
                 try:
-                    await Retention(connection, settings.events_kept_s, settings.attempts_kept_s).run()
+                    retention = Retention(connection, settings.events_kept_s, settings.attempts_kept_s)
+                    self._pruned = await retention.run()
+                    self._sizes = await retention.sizes()
+                    self._retained_at = self._wall()
                 finally:
                     await close(connection, CLOSE_S)
             except (DatabaseUnreachable, *TROUBLE) as error:
@@ -452,6 +459,7 @@ class Engine:
         behind = reader.read_to if active and reader else None
         oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
         return Snapshot(
+            schema=written_for(),
             role=self.role,
             shards=[self.shard] if active else [],
             database=self.database,
@@ -483,6 +491,9 @@ class Engine:
                 )
                 for s in deliverer.troubled(WORST)
             ],
+            tables=self._sizes,
+            astray_rows=self._pruned.astray,
+            retention_unix_s=self._retained_at,
         )
 
 

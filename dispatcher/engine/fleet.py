@@ -34,8 +34,9 @@ from dispatcher.engine.engine import Engine, EngineSettings
 from dispatcher.engine.leases import CLOSE_S, FLEET, HEARTBEAT_S, Instance, until_rung
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import DatabaseUnreachable
-from dispatcher.store.database import TROUBLE, check_schema, close, connect
+from dispatcher.store.database import TROUBLE, close, connect
 from dispatcher.store.fleet import MEMBER_MAX, FleetStore
+from dispatcher.store.schema import check_schema
 from dispatcher.store.shard import ShardStore
 from dispatcher.store.vault import Vault
 from dispatcher.telemetry import Snapshot, Telemetry, total

@@ -1,4 +1,4 @@
-"""Connections, named statements and migrations: how everything else here reaches PostgreSQL.
+"""Connections and named statements: how everything else here reaches PostgreSQL.
 
 Two kinds of connection exist. The engine owns a few for its lifetime, with planner settings pinned to the index paths
 its statements were written for; the outside (API, command lines) borrows from a pool. Foreign exceptions are mapped
@@ -8,9 +8,7 @@ at this door: whoever cannot connect gets DatabaseUnreachable with the reason an
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
-import hashlib
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -19,13 +17,10 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
-from dispatcher.errors import DatabaseUnreachable, SchemaMismatch
+from dispatcher.errors import DatabaseUnreachable
 
 LOCK_CLASS: Final = 1953656688
 """First key of every advisory lock of ours ("trkp"); the schema's wake() trigger spells the same number."""
-
-MIGRATION_LOCK: Final = 1
-SERVER_VERSION_MIN: Final = 140000
 
 TROUBLE: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError)
 """What a statement may raise when the database is away, overloaded, full or restarting: try on a new connection."""
@@ -129,107 +124,3 @@ async def open_pool(dsn: str, *, size: int, name: str = "dispatcher web") -> Any
         )
     except (*TROUBLE, ValueError) as error:
         raise DatabaseUnreachable(f"cannot connect to PostgreSQL at {place(dsn)}: {_explain(error)}") from error
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Migration:
-    """One step of the schema: `version` counts from 1 without gaps; `checksum` tells an edited file."""
-
-    version: int
-    name: str
-    sql: str
-
-    @property
-    def checksum(self) -> str:
-        """SHA-256 of the text, hexadecimal."""
-        return hashlib.sha256(self.sql.encode()).hexdigest()
-
-
-@functools.cache
-def migrations() -> tuple[Migration, ...]:
-    """Every migration this program knows, in order."""
-    folder = resources.files("dispatcher.store") / "sql" / "migrations"
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".sql")), key=lambda file: file.name)
-    found = tuple(
-        Migration(int(file.name[:4]), file.name[5:-4].replace("_", " "), file.read_text(encoding="utf-8"))
-        for file in files
-    )
-    assert [m.version for m in found] == list(range(1, len(found) + 1)), "migrations are numbered without gaps"
-    return found
-
-
-async def migrate(dsn: str, *, dry_run: bool = False) -> list[Migration]:
-    """Bring the schema up, all or nothing, and return what was (or with `dry_run` would be) applied.
-
-    Safe to run twice, and from two hosts at once: the second waits, then finds nothing to do. Raises SchemaMismatch if
-    the schema is newer than this program or the server too old, DatabaseUnreachable when it cannot be reached.
-    """
-    connection = await connect(dsn, name="dispatcher migrate")
-    try:
-        _check_server(connection)
-        await _lock_migrations(connection)
-        missing = _missing(await _applied(connection))
-        if dry_run:
-            return missing
-        async with connection.transaction():
-            await connection.execute(
-                "CREATE SCHEMA IF NOT EXISTS dispatcher;"
-                "CREATE TABLE IF NOT EXISTS dispatcher.migration (version integer PRIMARY KEY, name text NOT NULL,"
-                " checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
-            )
-            for migration in missing:
-                await connection.execute(migration.sql)
-                await connection.execute(
-                    "INSERT INTO dispatcher.migration (version, name, checksum) VALUES ($1, $2, $3)",
-                    migration.version,
-                    migration.name,
-                    migration.checksum,
-                )
-            await connection.execute("SELECT dispatcher.grant_producer()")
-        return missing
-    finally:
-        await connection.close(timeout=CONNECT_TIMEOUT_S)
-
-
-async def check_schema(connection: Any) -> None:
-    """Raise SchemaMismatch unless the schema is exactly what this program was written for."""
-    _check_server(connection)
-    missing = _missing(await _applied(connection))
-    if missing:
-        what = "has no dispatcher schema yet" if missing[0].version == 1 else f"lacks migration {missing[0].version}"
-        raise SchemaMismatch(f"the database {what}; run: dispatcher migrate")
-
-
-def _check_server(connection: Any) -> None:
-    version = connection.get_server_version()
-    if version.major * 10000 < SERVER_VERSION_MIN:
-        raise SchemaMismatch(f"PostgreSQL 14 or newer is needed; this server is {version.major}.{version.minor}")
-
-
-async def _lock_migrations(connection: Any) -> None:
-    # Try instead of wait: a statement that waits for a lock holds a snapshot and pins vacuum for the whole database.
-    while not await connection.fetchval("SELECT pg_try_advisory_lock($1, $2)", LOCK_CLASS, MIGRATION_LOCK):  # noqa: ASYNC110
-        await asyncio.sleep(0.1)
-
-
-async def _applied(connection: Any) -> dict[int, str]:
-    if await connection.fetchval("SELECT to_regclass('dispatcher.migration')") is None:
-        return {}
-    rows = await connection.fetch("SELECT version, checksum FROM dispatcher.migration")
-    return {row["version"]: row["checksum"] for row in rows}
-
-
-def _missing(applied: Mapping[int, str]) -> list[Migration]:
-    known = migrations()
-    newest = max(applied, default=0)
-    if newest > len(known):
-        raise SchemaMismatch(
-            f"the schema is at version {newest}, this program knows {len(known)}: it was migrated by a newer release; "
-            "install that release or newer"
-        )
-    for migration in known:
-        if applied.get(migration.version, migration.checksum) != migration.checksum:
-            raise SchemaMismatch(
-                f"migration {migration.version} ({migration.name}) was applied with another text than this program has"
-            )
-    return [migration for migration in known if migration.version not in applied]

@@ -63,6 +63,7 @@ class SnapshotCollector(Collector):
         yield _counters("attempts", "HTTP requests by what they came to", "result", Result, s.attempts)
         yield from self._histograms(s)
         yield from self._gauges(s)
+        yield from self._tables(s)
 
     @staticmethod
     def _histograms(s: Snapshot) -> Iterator[Metric]:
@@ -108,6 +109,21 @@ class SnapshotCollector(Collector):
             (),
             s.partitions_until_unix_s,
         )
+
+    @staticmethod
+    def _tables(s: Snapshot) -> Iterator[Metric]:
+        """What retention saw at its last run, some minutes ago; nothing on a standby, which runs none."""
+        if not s.retention_unix_s:
+            return
+        sizes = {table.table: table.bytes for table in s.tables}
+        rows = {table.table: table.rows for table in s.tables}
+        days = {table.table: table.partitions for table in s.tables if table.ahead_unix_s is not None}
+        astray = {table: s.astray_rows.get(table, 0) for table in days}
+        yield _gauges("table_bytes", "Size on disk, with partitions, indexes and TOAST", "table", (), sizes)
+        yield _gauges("table_rows", "Rows, by PostgreSQL's estimate", "table", (), rows)
+        yield _gauges("table_partitions", "Days there is a partition for", "table", (), days)
+        yield _gauges("default_partition_rows", "Rows that no day's partition was there for", "table", (), astray)
+        yield _gauge("retention_last_run_timestamp_seconds", "When retention last ran to its end", s.retention_unix_s)
 
 
 class DiskCollector(Collector):

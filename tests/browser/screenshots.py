@@ -16,7 +16,7 @@ from scene import Scene, build
 from stage import OPERATOR_KEY, Stage, browser, chromium, stage
 
 from dispatcher.embedded import EmbeddedPostgres
-from dispatcher.store.database import migrate
+from dispatcher.store.schema import migrate
 
 SHOWN = ("overview", "webhook", "delivery", "event-type")
 README = Path(__file__).parents[2] / "config" / "screenshots"

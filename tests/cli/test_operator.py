@@ -155,7 +155,9 @@ def test_migrate_applies_once_and_dry_run_applies_nothing(shell: Shell, empty_da
 
 
 def test_prune_says_what_it_dropped(operator: Shell) -> None:
-    assert operator.run("dispatcher", "prune").json() == {"dropped": []}
+    nothing = {"made": [], "dropped": [], "kept": [], "postponed": [], "moved": {}, "astray": {}, "deleted": {}}
+    assert operator.run("dispatcher", "prune").json() == {"dry_run": False, **nothing}
+    assert operator.run("dispatcher", "prune", "--dry-run").json() == {"dry_run": True, **nothing}
 
 
 # ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────────────

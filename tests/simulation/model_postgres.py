@@ -24,7 +24,8 @@ from typing import Any, Final
 
 import asyncpg
 
-from dispatcher.store.database import migrations, statements
+from dispatcher.store.database import statements
+from dispatcher.store.schema import migrations
 
 HELD: Final = datetime.max  # noqa: DTZ901  as asyncpg spells infinity
 FOREVER_AGO: Final = datetime(1, 1, 1, tzinfo=UTC)
@@ -422,9 +423,12 @@ def _regclass(server: ModelPostgres, backend: Backend) -> list[Any]:
     return [("dispatcher.migration",)]
 
 
-@_reads("", "SELECT version, checksum FROM dispatcher.migration")
+@_reads("schema", "migrations")
 def _migrations(server: ModelPostgres, backend: Backend) -> list[Any]:
-    return [Record(version=each.version, checksum=checksum) for each, checksum in _checksums()]
+    return [
+        Record(version=each.version, checksum=checksum, oldest=each.oldest, program="1.0")
+        for each, checksum in _checksums()
+    ]
 
 
 def _checksums(known: list[Any] = []) -> list[Any]:  # noqa: B006
@@ -879,9 +883,24 @@ def _partitions(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
 
 @_reads("retention", "needed_from")
 def _needed_from(server: ModelPostgres, backend: Backend) -> list[Any]:
+    return [Record(cursor=server.shard["prev_at"], pending=None)]
+
+
+@_reads("retention", "now")
+def _now(server: ModelPostgres, backend: Backend) -> list[Any]:
     return [(server.shard["prev_at"],)]
 
 
-@_reads("retention", "prune_default_outbox", "prune_default_attempt", "prune_idempotency", "prune_discarded")
+@_reads("retention", "take_turn", "end_turn")
+def _turn(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
+    return [(True,)]
+
+
+@_reads("retention", "astray_outbox", "astray_attempt", "sizes")
+def _nothing_there(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
+    return []
+
+
+@_reads("retention", "prune_outbox_default", "prune_attempt_default", "prune_idempotency", "prune_discarded_event")
 def _prune(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
     return ["DELETE 0"]

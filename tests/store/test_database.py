@@ -1,4 +1,4 @@
-"""The schema: how it comes to be, who may do what in it, and what applications write through."""
+"""The schema: who may do what in it, and what applications write through."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from dispatcher.errors import DatabaseUnreachable, SchemaMismatch
-from dispatcher.store import database as store
-from dispatcher.store.database import check_schema, connect, migrate, migrations, place, statements
+from dispatcher.errors import DatabaseUnreachable
+from dispatcher.store.database import connect, place, statements
 
 
 @pytest.fixture
@@ -23,50 +22,7 @@ async def db(database: str) -> AsyncIterator[Any]:
     await connection.close()
 
 
-# ── migrations ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_migrating_twice_does_nothing_the_second_time(empty_database: str) -> None:
-    assert await migrate(empty_database) == list(migrations())
-    assert await migrate(empty_database) == []
-
-
-async def test_migrating_from_two_hosts_at_once_applies_everything_once(empty_database: str) -> None:
-    done = await asyncio.gather(*(migrate(empty_database) for _ in range(3)))
-    assert sorted(map(len, done)) == [0, 0, len(migrations())]
-
-
-async def test_dry_run_says_what_is_missing_and_leaves_no_trace(empty_database: str) -> None:
-    assert await migrate(empty_database, dry_run=True) == list(migrations())
-    connection = await connect(empty_database, name="test")
-    assert await connection.fetchval("SELECT to_regnamespace('dispatcher')") is None
-    with pytest.raises(SchemaMismatch, match="dispatcher migrate"):
-        await check_schema(connection)
-    await connection.close()
-
-
-async def test_failed_migration_leaves_nothing_behind(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = store.Migration(2, "broken", "CREATE TABLE dispatcher.half (); SELECT 1 / 0")
-    monkeypatch.setattr(store, "migrations", lambda: (*migrations(), broken))
-    with pytest.raises(asyncpg.DivisionByZeroError):
-        await migrate(empty_database)
-    connection = await connect(empty_database, name="test")
-    assert await connection.fetchval("SELECT to_regnamespace('dispatcher')") is None
-    await connection.close()
-
-
-async def test_schema_of_a_newer_release_is_refused(db: Any, database: str) -> None:
-    await db.execute("INSERT INTO dispatcher.migration (version, name, checksum) VALUES (99, 'later', 'x')")
-    for act in (check_schema(db), migrate(database)):
-        with pytest.raises(SchemaMismatch, match="newer"):
-            await act
-
-
-async def test_migration_edited_after_it_was_applied_is_refused(db: Any, database: str) -> None:
-    await db.execute("UPDATE dispatcher.migration SET checksum = 'another'")
-    for act in (check_schema(db), migrate(database)):
-        with pytest.raises(SchemaMismatch, match="another text"):
-            await act
+# ── reaching it ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_unreachable_database_is_named_without_the_password() -> None:

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dispatcher import __version__
 from dispatcher.errors import ConfigurationError
 from dispatcher.model import Result
-from dispatcher.telemetry import LONG_SECONDS, Histogram, Snapshot
+from dispatcher.telemetry import LONG_SECONDS, Histogram, Snapshot, TableSize
 from dispatcher.web.metrics import build_metrics_app
 from dispatcher.web.server import serve
 
@@ -26,7 +26,8 @@ GAUGES = {
     "outbox_lag_seconds", "outbox_backlog", "in_flight", "retries_waiting", "oldest_pending_seconds", "endpoints",
     "lanes", "connections", "event_loop_lag_seconds", "build_info", "active", "progress_age_seconds", "database_up",
     "instances", "partitions_until_timestamp_seconds", "state_filesystem_size_bytes", "state_filesystem_avail_bytes",
-    "shards",
+    "shards", "table_bytes", "table_rows", "table_partitions", "default_partition_rows",
+    "retention_last_run_timestamp_seconds",
 }  # fmt: skip
 
 
@@ -57,6 +58,9 @@ def busy() -> Snapshot:
         database_losses=3,
         instances={"active": 1},
         partitions_until_unix_s={"outbox": 1.8e9},
+        tables=[TableSize("outbox", 4096, 12, 8, 2e9), TableSize("pending", 1024, 3, 0, None)],
+        astray_rows={"outbox": 5},
+        retention_unix_s=1.9e9,
     )
 
 
@@ -145,6 +149,20 @@ async def test_the_disk_is_measured_while_it_is_there(listener: Listener, tmp_pa
     assert 0 < value("state_filesystem_avail_bytes") < value("state_filesystem_size_bytes")
     tmp_path.rmdir()
     assert not [key for key in (await listener.scrape()).samples if "filesystem" in key[0]]
+
+
+async def test_tables_are_those_that_retention_saw(listener: Listener) -> None:
+    value = await listener.scrape()
+    assert (value("table_bytes", table="outbox"), value("table_bytes", table="pending")) == (4096, 1024)
+    assert value("table_rows", table="pending") == 3
+    assert value("table_partitions", table="outbox") == 8
+    assert value("default_partition_rows", table="outbox") == 5
+    assert value("retention_last_run_timestamp_seconds") == 1.9e9
+
+
+async def test_daemon_that_has_not_run_retention_says_nothing_of_tables(listener: Listener) -> None:
+    listener.snapshot = Snapshot()
+    assert not [name for name, *_ in (await listener.scrape()).samples if "table" in name or "partition" in name]
 
 
 async def test_histograms_are_cumulated(listener: Listener) -> None:

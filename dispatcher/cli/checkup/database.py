@@ -15,7 +15,8 @@ from dispatcher.cli.checkup.findings import Finding, advice, ok, problem
 from dispatcher.cli.checkup.host import read_vault
 from dispatcher.config import Config
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, SchemaMismatch
-from dispatcher.store.database import LOCK_CLASS, TROUBLE, check_schema, connect, statements
+from dispatcher.store.database import LOCK_CLASS, TROUBLE, connect, statements
+from dispatcher.store.schema import check_schema
 
 ENGINE_CONNECTIONS: Final = 7  # listener, reader, writer, retries, upkeep; retention and replays now and then
 CLOCK_TRIES: Final = 3

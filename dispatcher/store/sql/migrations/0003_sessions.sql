@@ -1,4 +1,5 @@
 -- Sessions of the dashboard. A row names its session by a hash, as keys are kept: who reads this table cannot sign in with it.
+-- oldest program: 2
 CREATE TABLE dispatcher.session (
     hash       bytea PRIMARY KEY,  -- SHA-256 of the random id that only the browser has
     key_id     text NOT NULL COLLATE "C" REFERENCES dispatcher.api_key ON DELETE CASCADE,

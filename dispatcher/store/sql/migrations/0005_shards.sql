@@ -2,6 +2,7 @@
 --
 -- There are as many shards as rows in dispatcher.shard. One is number 0, as before; several are numbered from 1, so that a
 -- daemon of an older release, which knows number 0 alone, finds nothing to work from. `dispatcher shards` changes the number.
+-- oldest program: 2
 
 -- dispatcher/core/shards.py spells the same hash.
 CREATE FUNCTION dispatcher.shard_of(endpoint_id integer, shards bigint) RETURNS integer
