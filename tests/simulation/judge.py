@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 EARLY_S = 1e-3  # time stamps go through microseconds
 RATE_SLACK_S = 0.030  # late starts made up for, and the way to the receiver
-CALM_LATENCY_S = 2.0
+CALM_LATENCY_S = 5.0
 CALM_PAUSE_S = 1.0
 FINAL = {"delivered", "exhausted", "discarded"}
 Pair = tuple[int, int]  # endpoint id, event sequence
@@ -232,7 +232,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         if ended and row[7] is not HELD:
             delay_s = self.webhooks[key[0]].settings.schedule_s[number - 1] * (1 - self.jitter)
             delay_s = max(delay_s, ended[-1].retry_after_s)
-            if row[7].timestamp() < ended[-1].done_wall + delay_s - EARLY_S:
+            if row[7].timestamp() < max(ended[-1].done_wall + delay_s, ended[-1].retry_at) - EARLY_S:
                 self.fail(f"{key} is due {row[7]}, earlier than {delay_s} s after attempt {number}")
 
     def _passed(self) -> None:
@@ -301,7 +301,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
             self.fail(f"{key} arrived and was never committed")
             return
         before = self.arrivals[key, arrival.attempt]
-        is_again = bool(before) and self._is_excused(before[-1], arrival)
+        is_again = self._is_excused(before, arrival)
         if name in self.fenced:
             self.allowance += 1  # what it sends before it knows is sent by its successor, too
         if before and not is_again:
@@ -333,11 +333,11 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         self.note("response", f"{found[0]}: event {found[1]}.{found[2]} attempt {arrival.attempt}: {arrival.status}")
 
     @staticmethod
-    def _is_excused(before: Arrival, arrival: Arrival) -> bool:
+    def _is_excused(before: list[Arrival], arrival: Arrival) -> bool:
         """The second try during a rotation, or after a connection that was perhaps stale: no attempt was counted."""
-        if before.reused and before.cut:
-            return True
-        return before.process is arrival.process and before.status in {401, 403}
+        own = [other for other in before if other.process is arrival.process]
+        is_second_try = bool(own) and own[-1].status in {401, 403}
+        return is_second_try or (bool(before) and before[-1].reused and before[-1].cut)
 
     def _judge_due(self, key: Key, arrival: Arrival) -> None:
         row = self.server.pending.get(key)

@@ -39,7 +39,8 @@ class Weather:
         """From the first write to the commit."""
         return 0.0
 
-    def back_s(self) -> float:
+    def back_s(self, statement: Statement | None = None) -> float:
+        """From the server to the client; None: something that answers no statement."""
         return 0.0
 
     def linger_s(self) -> float:
@@ -115,7 +116,7 @@ class Operation:
 
     def finish(self, result: Any) -> None:
         if self.connection.reaches and self.connection.backend.alive:
-            self.connection.later(self.connection.weather.back_s(), self.hear, result)
+            self.connection.later(self.connection.weather.back_s(self.statement), self.hear, result)
 
     # At the client.
 

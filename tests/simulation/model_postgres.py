@@ -196,7 +196,7 @@ class ModelPostgres:
         self.backends: dict[Backend, None] = {}
         self.leases: dict[int, Backend] = {}
         self.sleepers: Counter[Backend] = Counter()
-        self._durable_xid = 749  # the newest on record
+        self._durable_xid = self._unsaved_xid = 749  # the newest on record; of those committed asynchronously
         self._locks: dict[str, deque[tuple[Transaction, Callable[[], None]]]] = {}
         # tables
         self.events: list[tuple[int, int, Event]] = []  # by (xid, seq)
@@ -275,11 +275,13 @@ class ModelPostgres:
             backend.end()
         for transaction in list(self.running.values()):
             transaction.abort()
-        if lose_unsaved and self._unsaved:
+        if not lose_unsaved:
+            self.save()
+        elif self._unsaved:
             for undo in reversed(self._unsaved):
                 undo()
+            self._unsaved.clear()
             self.watch.rolled_back()
-        self._unsaved.clear()
         if reuse_ids:
             self.next_xid = self._durable_xid + 1
         self.latest_completed = self.next_xid - 1
@@ -291,11 +293,12 @@ class ModelPostgres:
             self._durable_xid = max(self._durable_xid, transaction.xid)
         else:
             self._unsaved.append(undo)
+            self._unsaved_xid = transaction.xid
 
     def save(self) -> None:
         """The WAL writer came by."""
         self._unsaved.clear()
-        self._durable_xid = max(self._durable_xid, self.latest_completed)
+        self._durable_xid = max(self._durable_xid, self._unsaved_xid)
 
     # ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

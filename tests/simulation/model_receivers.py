@@ -54,7 +54,7 @@ class Arrival:
 
     __slots__ = (
         "attempt", "at", "by_legacy", "by_standard", "cut", "delivery_id", "done_at", "done_wall", "event_id", "place",
-        "process", "receiver", "retry_after_s", "reused", "status", "wall",
+        "process", "receiver", "retry_after_s", "retry_at", "reused", "status", "wall",
         "wire",
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ class Arrival:
         self.attempt = 0
         self.by_legacy = self.by_standard = -1  # number of the secret that signed; -1: none of ours
         self.status = 0  # sent in full; 0: not yet, or never
-        self.retry_after_s = 0.0
+        self.retry_after_s = self.retry_at = 0.0  # asked for: a wait, or a Unix time
         self.done_at: float | None = None  # when it was over for the client
         self.done_wall = 0.0
         self.cut = False  # closed without a byte
@@ -326,13 +326,13 @@ class Internet:
 
     def _drown(self, wire: Wire, arrival: Arrival, delay_s: float) -> None:
         wait_s = self.dice.choice((0, 1, 3, 8))
-        arrival.retry_after_s = float(wait_s)
         status = self.dice.choice((429, 503))
         if self.dice.random() < 0.5:
+            arrival.retry_after_s = float(wait_s)
             field = b"Retry-After: %d\r\n" % wait_s
         else:
             moment = datetime.fromtimestamp(int(self.wall() + delay_s) + wait_s, UTC)
-            arrival.retry_after_s = max(0.0, moment.timestamp() - self.wall() - delay_s - 2.0)
+            arrival.retry_at = moment.timestamp()
             field = moment.strftime("Retry-After: %a, %d %b %Y %H:%M:%S GMT\r\n").encode()
         self._respond(wire, delay_s, status, field)
 

@@ -50,6 +50,7 @@ HEALING_S: Final = 3600.0  # a world that has healed for so long and is not sett
 VAULT: Final = Vault(b"k" * 32)
 IDS: Final = DeliveryIds(b"1" * 16)
 GUARD: Final = Guard(["127.0.0.0/8"], allow_http=True)
+SLOW: Final = ("refill", "pull", "fetch", "flush", "first_page", "known", "registry", "take_over")
 TYPES: Final = ("a.one", "a.two", "b.one")
 _OUTSIDE: Final = contextvars.Context()
 
@@ -70,6 +71,7 @@ class Plan:
     max_in_flight: int = 2000
     safety_s: tuple[float, float] = (1.0, 5.0)
     is_durable: bool = True
+    slow: str = ""  # a statement that takes its time
     jitter: float = 0.1
 
     @classmethod
@@ -90,10 +92,11 @@ class Plan:
         )
         if kind == "calm":
             plan.faults = dice.choice((0, 3))
-            plan.max_queued, plan.max_in_flight, plan.burst = 20_000, 2000, min(plan.burst, 30)
+            plan.max_queued, plan.max_in_flight = 20_000, 2000
             plan.page_rows, plan.safety_s = dice.choice((3, 500)), (1e6, 2e6)
         else:
             plan.faults = dice.randint(4, 16)
+            plan.slow = dice.choice(("", "", *SLOW))
         plan.daemons = 2 if kind == "duel" or dice.random() < 0.2 else 1
         return plan
 
@@ -122,6 +125,7 @@ class Storm(Weather):
         self._world = world
         self._dice = dice
         self._calm = calm
+        self._slow = world.plan.slow
         self.stalled_until = 0.0
         self.down_until = 0.0
         self.ambush: tuple[str, str] | None = None  # statement, when
@@ -137,6 +141,8 @@ class Storm(Weather):
         return self._dice.uniform(0.001, 0.01) + self._stall()
 
     def there_s(self, connection: ModelConnection, statement: Statement) -> float:
+        if statement.name == self._slow and self._dice.random() < 0.5:
+            return self._dice.uniform(0.02, 0.8)
         return self._way() + self._stall()
 
     def work_s(self, statement: Statement) -> float:
@@ -144,7 +150,9 @@ class Storm(Weather):
             return self._dice.uniform(0.02, 1.0)
         return self._dice.uniform(0.0002, 0.003)
 
-    def back_s(self) -> float:
+    def back_s(self, statement: Statement | None = None) -> float:
+        if statement is not None and statement.name == self._slow and self._dice.random() < 0.5:
+            return self._dice.uniform(0.02, 0.8)
         return self._way()
 
     def linger_s(self) -> float:
@@ -295,7 +303,7 @@ class World:
             await self._create()
         self._schedule()
         for daemon in self.daemons:
-            self.start(daemon)
+            self._later(self.dice.choice((0.0, 0.0, 1.0)), self.start, daemon)
         await asyncio.sleep(self.plan.length_s)
         await self._heal()
         give_up_at = self.loop.now + HEALING_S
@@ -354,7 +362,7 @@ class World:
     # ── daemons ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self, daemon: Daemon) -> None:
-        if self.over:
+        if self.over or daemon.task is not None:
             return
         daemon.starts += 1
         daemon.process = Process(f"d{daemon.number}.{daemon.starts}")
@@ -387,7 +395,7 @@ class World:
     def kill(self, daemon: Daemon) -> None:
         """SIGKILL: nothing of it runs any more."""
         process = daemon.process
-        if process.state is State.DEAD:
+        if daemon.task is None:
             return
         self.note("kill", str(daemon))
         self.judge.forgive(daemon)
@@ -463,6 +471,11 @@ class World:
         self._later(duration_s, self._end, transaction, dice.random() < 0.1)
 
     def _burst(self, events: int) -> None:
+        """Enough at once to wake the reader, and others that write while it is awake and commit when it sleeps."""
+        if self.healed or self.weather.can_connect() is not None:
+            return
+        for _ in range(4):
+            self._later(self.dice.uniform(0.0, 0.1), self._produce)
         transaction = self.server.begin()
         for _ in range(events):
             self._emit(transaction)
