@@ -55,13 +55,13 @@ def _duel(plan: Plan) -> None:
 
 
 def _slow_refill(plan: Plan) -> None:
-    _stormy(plan)
-    plan.slow = "refill"
+    plan.kind, plan.daemons, plan.faults, plan.transactions = "stormy", 1, 0, 30
+    plan.length_s, plan.failing, plan.slow = 6.0, True, "refill"
 
 
 def _few(plan: Plan) -> None:
     _calm(plan)
-    plan.transactions, plan.burst, plan.length_s = 3, 60, 30.0
+    plan.transactions, plan.burst, plan.length_s = 3, 120, 30.0
 
 
 def _calm(plan: Plan) -> None:

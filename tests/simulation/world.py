@@ -72,6 +72,7 @@ class Plan:
     safety_s: tuple[float, float] = (1.0, 5.0)
     is_durable: bool = True
     slow: str = ""  # a statement that takes its time
+    failing: bool = False  # no receiver is well before the end
     jitter: float = 0.1
 
     @classmethod
@@ -97,6 +98,7 @@ class Plan:
         else:
             plan.faults = dice.randint(4, 16)
             plan.slow = dice.choice(("", "", *SLOW))
+            plan.failing = dice.random() < 0.1
         plan.daemons = 2 if kind == "duel" or dice.random() < 0.2 else 1
         return plan
 
@@ -466,7 +468,8 @@ class World:
             return
         transaction = self.server.begin()
         duration_s = dice.choice((0.0, 0.001, 0.02, 0.3, 3.0))
-        for _ in range(dice.choice((1, 1, 2, 5))):
+        self._emit(transaction)
+        for _ in range(dice.choice((0, 0, 1, 4))):
             self._later(dice.uniform(0, duration_s) if duration_s else 0.0, self._emit, transaction)
         self._later(duration_s, self._end, transaction, dice.random() < 0.1)
 
@@ -475,7 +478,11 @@ class World:
         if self.healed or self.weather.can_connect() is not None:
             return
         for _ in range(4):
-            self._later(self.dice.uniform(0.0, 0.1), self._produce)
+            self._later(self.dice.uniform(0.05, 0.13), self._produce)
+        for n in range(0, events, 10):
+            self._later(0.0005 * n, self._write_at_once, min(10, events - n))
+
+    def _write_at_once(self, events: int) -> None:
         transaction = self.server.begin()
         for _ in range(events):
             self._emit(transaction)
@@ -683,6 +690,7 @@ class World:
         ordered = dice.random() < 0.3
         rate_limit = dice.choice((5.0, 20.0)) if dice.random() < 0.15 else None
         calm = self.plan.kind == "calm"
+        receiver.mood = Mood.BROKEN if self.plan.failing else Mood.WELL
         receiver.closes_idle = 0.0 if calm else dice.choice((0.0, 0.3))
         if rate_limit is not None:
             receiver.closes_idle = 0.0
