@@ -1,11 +1,11 @@
-"""What must hold, judged from outside: by what is committed, what arrives at receivers, and what the engine says it holds.
+"""What must hold, judged from outside: by what is committed, what arrives, and what the engine says it holds.
 
     at every step       each delivery in memory has one owner, and the sums agree (conservation)
-    at every commit     the cursor passes nothing that is neither settled nor in a pending row; nothing is settled twice,
-                        nor logged twice; a pending row goes only with its settlement; no retry is due early
+    at every commit     the cursor passes nothing that is neither settled nor in a pending row; nothing is settled or
+                        logged twice; a pending row goes only with its settlement; no retry is due early
     at every request    window, `ordered`, rate limit, pause, due time, signature
-    at the end          everything committed is settled for every webhook subscribed at its commit, as its receiver knows;
-                        nothing is left anywhere; repeats stay within what crashes and take-overs had in their hands
+    at the end          everything committed is settled for every webhook subscribed at its commit, as its receiver
+                        knows; nothing is left anywhere; repeats stay within what crashes and take-overs had in hand
 
 A *reign* is what one process sends between two take-overs: the promises about concurrency and order are made by one
 owner at a time, and a daemon that does not know yet that it lost its shard is bounded by the duplicates it may cause.
@@ -50,10 +50,8 @@ class Webhook:
         self.enabled_at = now
         self.paused_at: float | None = None
 
-    def wants(self, type: str) -> bool:
-        return any(
-            f == "*" or f == type or (f.endswith(".*") and type.startswith(f[:-1])) for f in self.events
-        )
+    def wants(self, kind: str) -> bool:
+        return any(f in {"*", kind} or (f.endswith(".*") and kind.startswith(f[:-1])) for f in self.events)
 
 
 class Judge(model_postgres.Watch, model_receivers.Watch):
@@ -267,9 +265,9 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
                 key = (webhook.id, seq, 0)
                 born = server.endpoints.get(webhook.id)
                 if (
-                    born is None or not webhook.enabled or not webhook.wants(event.type) or seq in server.discarded_events
-                    or key in self.finals or self.committed_at[seq] < webhook.enabled_at
-                    or server.visible(event.xid, born["created_snapshot"])
+                    born is None or not webhook.enabled or not webhook.wants(event.type)
+                    or seq in server.discarded_events or key in self.finals
+                    or self.committed_at[seq] < webhook.enabled_at or server.visible(event.xid, born["created_snapshot"])
                 ):  # fmt: skip
                     continue
                 self.owed[key[:2]] = event

@@ -15,7 +15,6 @@ The tables are plain dictionaries of what is committed. `watch` hears of every c
 
 from __future__ import annotations
 
-import asyncio
 import bisect
 import json
 from collections import Counter, deque
@@ -57,14 +56,14 @@ class Event:
 
     __slots__ = ("account", "created_at", "data", "id", "seq", "type", "written_at", "xid")
 
-    def __init__(self, seq: int, xid: int, written_at: datetime, id: str, type: str, data: str) -> None:
+    def __init__(self, seq: int, xid: int, written_at: datetime, *, name: str, kind: str, data: str) -> None:
         self.seq = seq
         self.xid = xid
         self.written_at = written_at
         self.created_at: datetime | None = written_at
-        self.id = id
+        self.id = name
         self.account = ACCOUNT[1]
-        self.type = type
+        self.type = kind
         self.data = data
 
     @property
@@ -95,12 +94,12 @@ class Transaction:
             self.server.running[self.xid] = self
         return self.xid
 
-    def emit(self, type: str, data: str, id: str | None = None) -> Event:
+    def emit(self, kind: str, data: str, name: str | None = None) -> Event:
         """INSERT INTO dispatcher.outbox, its trigger included."""
         server = self.server
         xid = self.number()
         seq = server.next_seq()
-        event = Event(seq, xid, server.clock(), id or f"evt_{seq:05d}", type, data)
+        event = Event(seq, xid, server.clock(), name=name or f"evt_{seq:05d}", kind=kind, data=data)
         self.events.append(event)
         self.wake()
         return event
@@ -211,7 +210,9 @@ class ModelPostgres:
         }  # fmt: skip
         self.attempts: list[tuple[Any, ...]] = []  # (at, seq, xid, endpoint, generation, attempt, state, …)
         self._attempted: dict[tuple[int, int], datetime] = {}  # (endpoint, seq) of generation 0 -> at
-        self.pending: dict[Key, tuple[Any, ...]] = {}  # (endpoint, seq, generation, xid, at, state, attempts, due, error)
+        self.pending: dict[
+            Key, tuple[Any, ...]
+        ] = {}  # (endpoint, seq, generation, xid, at, state, attempts, due, error)
         self._held: dict[int, list[tuple[int, int]]] = {}  # endpoint -> (seq, generation), sorted
         self.discarded_events: dict[int, str] = {}
         self._unsaved: list[Callable[[], None]] = []  # undoes what was committed asynchronously, the last one last
@@ -335,7 +336,7 @@ class ModelPostgres:
         self.watch.registry_changed()
 
 
-# ── statements ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── statements ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A reading one is `act(server, backend, *arguments)` and returns its rows. A writing one also takes its transaction, is
 # called when that has its locks and commits, and names them.
 
@@ -594,9 +595,8 @@ def _undo(server: ModelPostgres) -> Callable[[], None]:
 
 
 @_reads("pending", "refill")
-def _refill(
-    server: ModelPostgres, backend: Backend, shard: int, start: datetime, end: datetime, limit: int
-) -> list[Any]:
+def _refill(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
+    _, start, end, limit = bounds
     due = [(*key, row[7]) for key, row in server.pending.items() if row[7] is not HELD and start <= row[7] < end]
     return sorted(due, key=lambda row: row[3])[:limit]
 
@@ -683,8 +683,8 @@ def _health(server: ModelPostgres, backend: Backend) -> list[Any]:
     return [(endpoint, *row) for endpoint, row in server.health.items()]
 
 
-def _tell(transaction: Transaction, type: str, endpoint: dict[str, Any], reason: str | None) -> None:
-    transaction.emit(type, json.dumps({"webhook_id": endpoint["public_id"], "url": endpoint["url"], "reason": reason}))
+def _tell(transaction: Transaction, kind: str, endpoint: dict[str, Any], reason: str | None) -> None:
+    transaction.emit(kind, json.dumps({"webhook_id": endpoint["public_id"], "url": endpoint["url"], "reason": reason}))
 
 
 @_writes("endpoint", "learn", locks=("health",))
@@ -761,9 +761,7 @@ def _get(server: ModelPostgres, backend: Backend, account: int, public_id: str) 
     return [] if found is None else [_webhook(server, found["id"])]
 
 
-def _alter(
-    server: ModelPostgres, transaction: Transaction, found: dict[str, Any] | None, **columns: Any
-) -> list[Any]:
+def _alter(server: ModelPostgres, transaction: Transaction, found: dict[str, Any] | None, **columns: Any) -> list[Any]:
     if found is not None:
         _change(server, found, **columns)
     transaction.number()
@@ -791,10 +789,8 @@ def _resume(server: ModelPostgres, transaction: Transaction, account: int, publi
 
 
 @_writes("endpoint", "rotate", locks=("registry",))
-def _rotate(
-    server: ModelPostgres, transaction: Transaction, account: int, public_id: str, secret: bytes, grace: timedelta,
-    version: int,
-) -> list[Any]:  # fmt: skip
+def _rotate(server: ModelPostgres, transaction: Transaction, *columns: Any) -> list[Any]:
+    account, public_id, secret, grace, version = columns
     found = _found(server, account, public_id, version)
     if found is None:
         return _alter(server, transaction, None)

@@ -1,8 +1,8 @@
 """The subscribers, and the TCP between them and us: they answer, refuse, hang, lie, drip, die and come back.
 
-One receiver a webhook, at a port of its own on a virtual loopback. The engine's own transport and dialer talk to it: the
-event loop gives them sockets that lead here. What a receiver is like changes with time (`Mood`); what each request met
-is on record (`Arrival`), and `watch` hears of it at once.
+One receiver a webhook, at a port of its own on a virtual loopback. The engine's own transport and dialer talk to it:
+the event loop gives them sockets that lead here. What a receiver is like changes with time (`Mood`); what each request
+met is on record (`Arrival`), and `watch` hears of it at once.
 """
 
 from __future__ import annotations
@@ -53,8 +53,23 @@ class Arrival:
     """One request as a receiver saw it."""
 
     __slots__ = (
-        "attempt", "at", "by_legacy", "by_standard", "cut", "delivery_id", "done_at", "done_wall", "event_id", "place",
-        "process", "receiver", "retry_after_s", "retry_at", "reused", "status", "wall",
+        "at",
+        "attempt",
+        "by_legacy",
+        "by_standard",
+        "cut",
+        "delivery_id",
+        "done_at",
+        "done_wall",
+        "event_id",
+        "place",
+        "process",
+        "receiver",
+        "retry_after_s",
+        "retry_at",
+        "reused",
+        "status",
+        "wall",
         "wire",
     )  # fmt: skip
 

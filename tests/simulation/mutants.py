@@ -74,7 +74,8 @@ MUTANTS = [
         "the fence is skipped",
         ShardStore, "flush",
         "                epoch,\n                batch.number,\n",
-        "                (state := self._connection.backend.server.shard)['epoch'],\n                state['batch'] + 1,\n",
+        "                (state := self._connection.backend.server.shard)['epoch'],\n"
+        "                state['batch'] + 1,\n",
         _duel,
     ),
     Mutant(

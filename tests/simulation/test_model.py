@@ -37,7 +37,7 @@ CHANNELS = ("dispatcher_wake", "dispatcher_registry", "dispatcher_pending")
 class Producer:
     """One transaction in progress."""
 
-    async def emit(self, id: str, type: str) -> None: ...
+    async def emit(self, name: str, kind: str) -> None: ...
 
     async def end(self, commits: bool) -> None: ...
 
@@ -71,10 +71,11 @@ class Side:
             await self.reading.add_listener(channel, lambda *heard: self.heard.append(heard[2]))
         self.cursor = (await self.shard.state()).cursor
 
-    def name(self, seq: int, xid: int, at: datetime, id: str, type: str) -> None:
+    def name(self, row: Any) -> None:
         """Call an event by its id; our own news, whose ids are made there, by when it was seen first."""
-        name = self.names.setdefault(seq, f"{type} {len(self.names)}" if type.startswith("webhook.") else id)
-        self.events[name] = (seq, xid, at)
+        seq, xid, event_id, _, kind = row[3:8]
+        name = self.names.setdefault(seq, f"{kind} {len(self.names)}" if kind.startswith("webhook.") else event_id)
+        self.events[name] = (seq, xid, row[10])
 
     def producer(self) -> Awaitable[Producer]:
         raise NotImplementedError
@@ -91,9 +92,9 @@ class RealProducer(Producer):
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
-    async def emit(self, id: str, type: str) -> None:
+    async def emit(self, name: str, kind: str) -> None:
         await self.connection.execute(
-            "INSERT INTO dispatcher.outbox (id, type, data) VALUES ($1, $2, '{\"n\": 1}')", id, type
+            "INSERT INTO dispatcher.outbox (id, type, data) VALUES ($1, $2, '{\"n\": 1}')", name, kind
         )
 
     async def end(self, commits: bool) -> None:
@@ -126,8 +127,8 @@ class ModelProducer(Producer):
     def __init__(self, server: ModelPostgres) -> None:
         self.transaction = server.begin()
 
-    async def emit(self, id: str, type: str) -> None:
-        self.transaction.emit(type, '{"n": 1}', id)
+    async def emit(self, name: str, kind: str) -> None:
+        self.transaction.emit(kind, '{"n": 1}', name)
 
     async def end(self, commits: bool) -> None:
         if commits:
@@ -171,7 +172,7 @@ async def sides(database: str) -> AsyncIterator[tuple[Real, Modelled]]:
             await connection.close()
 
 
-# ── acts: each returns what both sides must agree on ───────────────────────────────────────────────────────────────────
+# ── acts: each returns what both sides must agree on ────────────────────────────────────────────────────────────────
 
 
 class Acts:
@@ -186,10 +187,10 @@ class Acts:
 
     def draw(self) -> tuple[str, Callable[[Any], Awaitable[Any]]]:
         acts = [
-            self.begin, self.emit, self.emit, self.emit, self.end, self.end, self.poll, self.poll, self.poll, self.flush,
-            self.flush, self.flush_again, self.flush_fenced, self.take_over, self.refill, self.fetch, self.pull,
-            self.overview, self.known, self.create, self.change, self.registry, self.learn, self.redeliver, self.sleep,
-            self.wake, self.restart,
+            self.begin, self.emit, self.emit, self.emit, self.end, self.end, self.poll, self.poll, self.poll,
+            self.flush, self.flush, self.flush_again, self.flush_fenced, self.take_over, self.refill, self.fetch,
+            self.pull, self.overview, self.known, self.create, self.change, self.registry, self.learn, self.redeliver,
+            self.sleep, self.wake, self.restart,
         ]  # fmt: skip
         act = self.dice.choice(acts)
         return act.__name__, act()
@@ -209,10 +210,10 @@ class Acts:
             return self.begin()
         which = self.dice.randrange(self.open)
         self.number += 1
-        id, type_ = f"evt_{self.number:05d}", self.dice.choice(("a.one", "b.two"))
+        name, kind = f"evt_{self.number:05d}", self.dice.choice(("a.one", "b.two"))
 
         async def act(side: Any) -> None:
-            await side.producers[which].emit(id, type_)
+            await side.producers[which].emit(name, kind)
 
         return act
 
@@ -240,7 +241,7 @@ class Acts:
             page = await side.pages.read(before, limit)
             side.cursor = page.after
             for row in page.rows:
-                side.name(row[3], row[4], row[10], row[5], row[7])
+                side.name(row)
             return [(side.names[row[3]], row[6], row[7]) for row in page.rows], page.complete, page.registry is None
 
         return act
@@ -288,8 +289,8 @@ class Acts:
         dice = random.Random(throw)
         ids = sorted(side.events)
         attempts, pending, settled = [], {}, []
-        for id in dice.sample(ids, min(len(ids), 4)):
-            seq, xid, at = side.events[id]
+        for name in dice.sample(ids, min(len(ids), 4)):
+            seq, xid, at = side.events[name]
             key = (dice.randint(1, 3), seq, dice.choice((0, 1000)))
             what = dice.choice(("due", "held", "settled", "delivered"))
             if what == "settled":
@@ -297,7 +298,9 @@ class Acts:
             elif what == "delivered":
                 attempts.append((seq, xid, key[0], key[2], 1, "delivered", "2xx", 200, 5, None, b"h", b""))
             else:
-                due = HELD if what == "held" else DUE + timedelta(seconds=dice.randint(0, 20), microseconds=len(pending))
+                due = (
+                    HELD if what == "held" else DUE + timedelta(seconds=dice.randint(0, 20), microseconds=len(pending))
+                )
                 error = dice.choice((None, "500"))
                 pending[key] = (*key, xid, at, "pending", dice.randint(0, 3), due, error)
         cursor = side.cursor if dice.random() < 0.5 else None
@@ -349,7 +352,16 @@ class Acts:
     @staticmethod
     def _plain(side: Any, rows: list[Any]) -> list[Any]:
         return [
-            (r[0], side.names[r[1]], r[2], r[3], r[4], r[5], side.events[side.names[r[1]]][1:] == (r[6], r[7]), *r[9:11])
+            (
+                r[0],
+                side.names[r[1]],
+                r[2],
+                r[3],
+                r[4],
+                r[5],
+                side.events[side.names[r[1]]][1:] == (r[6], r[7]),
+                *r[9:11],
+            )
             for r in rows
         ]
 
@@ -358,7 +370,7 @@ class Acts:
 
         async def act(side: Any) -> Any:
             dice = random.Random(throw)
-            keys = [(dice.randint(1, 3), side.events[id][0], dice.choice((0, 1000))) for id in sorted(side.events)]
+            keys = [(dice.randint(1, 3), side.events[name][0], dice.choice((0, 1000))) for name in sorted(side.events)]
             return self._plain(side, await side.pending.fetch(keys))
 
         return act
@@ -381,7 +393,7 @@ class Acts:
             heads = await side.pending.heads()
             named = {key: (side.names[head[1]], head[2]) for key, head in heads.items()}
             oldest = (await side.reading.fetchrow(statements("shard")["gauges"]))[1]
-            by_at = {at: id for id, (_, _, at) in side.events.items()}
+            by_at = {at: name for name, (_, _, at) in side.events.items()}
             return await side.pending.held_endpoints(), named, by_at.get(oldest, oldest)
 
         return act
@@ -458,9 +470,11 @@ class Acts:
             health = await side.learning.health()
             plain = []
             for e in sorted(found, key=lambda e: e.id):
-                seen = {id for id, (_, xid, _) in side.events.items() if _is_visible(xid, e.created_snapshot)}
+                seen = {name for name, (_, xid, _) in side.events.items() if _is_visible(xid, e.created_snapshot)}
                 is_rotating = e.previous_secret_expires_at is not None
-                plain.append((e.url, e.events, e.status, e.secret, e.previous_secret, is_rotating, e.ordered, sorted(seen)))
+                plain.append(
+                    (e.url, e.events, e.status, e.secret, e.previous_secret, is_rotating, e.ordered, sorted(seen))
+                )
             known = {key: (h.failing_since, h.exhausted_at, h.last_error) for key, h in health.items()}
             return plain, version, known
 

@@ -87,7 +87,7 @@ def test_worlds_are_worth_living_in() -> None:
     """Between them, a few dozen seeds see every kind of trouble."""
     kinds = {kind for seed in range(60) for _, kind, _ in play(seed).history}
     wanted = {
-        "ambush", "api", "clock", "commit", "crash", "cut", "evict", "flush", "freeze", "heal", "kill", "mood", "repeat",
-        "rollback", "stall", "stop", "take-over", "thaw", "trouble",
+        "ambush", "api", "clock", "commit", "crash", "cut", "evict", "flush", "freeze", "heal", "kill", "mood",
+        "repeat", "rollback", "stall", "stop", "take-over", "thaw", "trouble",
     }  # fmt: skip
     assert wanted <= kinds

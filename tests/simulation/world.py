@@ -1,11 +1,11 @@
 """A seeded world for the real engine: what happens in it, how it is run, and its history.
 
-A seed decides everything: the webhooks and what their receivers are like, who writes events when and for how long their
-transactions take, the way to the database, and the faults. For a while the world is unkind; then it heals, and everything
-must settle. Two runs of a seed have the same history, byte for byte.
+A seed decides everything: the webhooks and what their receivers are like, who writes events when and for how long
+their transactions take, the way to the database, and the faults. For a while the world is unkind; then it heals, and
+everything must settle. Two runs of a seed have the same history, byte for byte.
 
-What runs is `dispatcher.engine.engine.Engine` as it is, on a virtual event loop, with three things in place of the outside:
-`asyncpg.connect`, the loop's sockets, and the wall clock it is given.
+What runs is `dispatcher.engine.engine.Engine` as it is, on a virtual event loop, with three things in place of the
+outside: `asyncpg.connect`, the loop's sockets, and the wall clock it is given.
 """
 
 from __future__ import annotations
@@ -326,7 +326,9 @@ class World:
 
     def _is_idle(self) -> bool:
         """Whether somebody is active, and nobody active has anything to do."""
-        active = [daemon.engine for daemon in self.daemons if daemon.engine is not None and daemon.engine.role == "active"]
+        active = [
+            daemon.engine for daemon in self.daemons if daemon.engine is not None and daemon.engine.role == "active"
+        ]
         return bool(active) and not any(
             engine.deliverer.in_flight or engine.deliverer.lanes.queued or engine.ledger.buffered for engine in active
         )
@@ -558,7 +560,7 @@ class World:
         self.server.crash(reuse_ids=self.dice.random() < 0.7, lose_unsaved=self.dice.random() < 0.7)
 
     def _evict(self) -> None:
-        """The owner's listener is cut off, while the owner itself is perhaps not even awake: another daemon takes over."""
+        """The owner's listener is cut off, and perhaps the owner is not even awake: another daemon takes over."""
         for lease in list(self.server.leases.values()):
             self.note("evict", f"{lease} of {lease.owner}")
             lease.end()
