@@ -248,6 +248,25 @@ async def test_rows_that_come_in_while_a_deleted_webhook_is_looked_through_are_d
     assert [row[5] for row in desk.shelf.attempts] == ["discarded"]
 
 
+async def test_webhook_deleted_while_it_is_pulled_for_leaves_nothing_behind() -> None:
+    desk = Desk(endpoint(1, status=EndpointStatus.PAUSED))
+    desk.emit()
+    await desk.flush()
+    desk.set(1, status=EndpointStatus.ACTIVE)
+    desk.emit()
+    desk.shelf.late = asyncio.Event()
+    pull = asyncio.create_task(desk.retries.turn_backlogs())
+    await asyncio.sleep(0)
+    late, desk.shelf.late = desk.shelf.late, None
+    await desk.flush()
+    desk.delete(1)
+    late.set()
+    await pull
+    await desk.settle()
+    desk.check_settled()
+    assert [row[5] for row in desk.shelf.attempts] == ["discarded"] * 2
+
+
 async def test_ordered_webhook_gets_what_its_lane_gave_back_before_what_was_parked_earlier() -> None:
     desk = Desk(endpoint(1, ordered=True, max_concurrency=1), queued_max=16)
     for _ in range(18):
