@@ -397,15 +397,13 @@ class Retries:
             return
         for endpoint_id, _, _, _ in positions:
             del self._orphans[endpoint_id]  # whoever finds another one meanwhile puts it back
-        self._gone = set()
+        self._gone = set()  # what left memory before this pull is rightly in it
         rows = await self._pending.pull(positions)
         for endpoint_id, _, _, _ in positions:
             own = [row for row in rows if row[0] == endpoint_id]
             for row in own:
                 key = (row[0], row[1], row[2])
-                if self._has_left(key):
-                    self._orphans[endpoint_id] = FIRST_KEY  # written again while we looked: look again
-                elif key not in self._deliverer.rows:
+                if key not in self._deliverer.rows and not self._has_left(key):
                     self._bury_row(row, "the webhook is gone or disabled")
             if len(own) == ORPHAN_ROWS:
                 self._orphans.setdefault(endpoint_id, (own[-1][1], own[-1][2]))

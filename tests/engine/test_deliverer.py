@@ -197,6 +197,18 @@ async def test_second_secret_is_tried_once_even_if_the_endpoint_died_meanwhile()
     desk.check_settled()
 
 
+async def test_second_try_whose_grace_has_just_ended_goes_out_all_the_same() -> None:
+    expires = desk_time(10.0)
+    desk = Desk(endpoint(1, secret="whsec_YWFh", previous_secret="whsec_YmJi", previous_secret_expires_at=expires))
+    desk.emit()
+    [delivery] = desk.out
+    desk.clock.advance(20.0)
+    desk.answer(delivery, 401)
+    assert list(desk.out) == [delivery]
+    await desk.settle()
+    desk.check_settled()
+
+
 def desk_time(in_s: float):  # type: ignore[no-untyped-def]
     from datetime import timedelta
 

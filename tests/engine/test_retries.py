@@ -221,6 +221,79 @@ async def test_orphaned_rows_are_left_alone_when_the_webhook_is_resumed_meanwhil
     assert [row[5] for row in desk.shelf.attempts] == ["delivered"] * 3
 
 
+async def test_rows_on_their_way_when_their_webhook_is_deleted_are_discarded() -> None:
+    desk = Desk(endpoint(1, status=EndpointStatus.PAUSED))
+    desk.emit()
+    desk.delete(1)
+    await desk.retries.turn_backlogs()  # finds nothing: the row is not in the database yet
+    await desk.flush()
+    await desk.settle()
+    desk.check_settled()
+    assert [row[5] for row in desk.shelf.attempts] == ["discarded"]
+
+
+async def test_rows_that_come_in_while_a_deleted_webhook_is_looked_through_are_discarded() -> None:
+    desk = Desk(endpoint(1, status=EndpointStatus.PAUSED))
+    desk.emit()
+    desk.delete(1)
+    desk.shelf.late = asyncio.Event()
+    look = asyncio.create_task(desk.retries.turn_backlogs())
+    await asyncio.sleep(0)
+    late, desk.shelf.late = desk.shelf.late, None
+    await desk.flush()
+    late.set()
+    await look
+    await desk.settle()
+    desk.check_settled()
+    assert [row[5] for row in desk.shelf.attempts] == ["discarded"]
+
+
+async def test_webhook_deleted_while_it_is_pulled_for_leaves_nothing_behind() -> None:
+    desk = Desk(endpoint(1, status=EndpointStatus.PAUSED))
+    desk.emit()
+    await desk.flush()
+    desk.set(1, status=EndpointStatus.ACTIVE)
+    desk.emit()
+    desk.shelf.late = asyncio.Event()
+    pull = asyncio.create_task(desk.retries.turn_backlogs())
+    await asyncio.sleep(0)
+    late, desk.shelf.late = desk.shelf.late, None
+    await desk.flush()
+    desk.delete(1)
+    late.set()
+    await pull
+    await desk.settle()
+    desk.check_settled()
+    assert [row[5] for row in desk.shelf.attempts] == ["discarded"] * 2
+
+
+async def test_ordered_webhook_gets_what_its_lane_gave_back_before_what_was_parked_earlier() -> None:
+    desk = Desk(endpoint(1, ordered=True, max_concurrency=1), queued_max=16)
+    for _ in range(18):
+        desk.emit()  # one is out, sixteen are queued, the last is parked
+    desk.deliverer.running = False
+    await desk.flush()
+    desk.deliverer.spill_old(desk.clock.now + 1.0)
+    desk.answer(next(iter(desk.out)), 200)
+    desk.deliverer.running = True
+    await desk.retries.turn_backlogs()
+    await desk.settle()
+    desk.check_settled()
+    assert [seq for _, seq in desk.sent] == list(range(1, 19))
+
+
+async def test_head_that_failed_while_a_session_began_is_still_waited_for() -> None:
+    desk = Desk(endpoint(1, ordered=True, schedule_s=(5.0,)))
+    desk.emit()
+    desk.emit()
+    desk.answer(next(iter(desk.out)), 500)
+    desk.retries._adopt(1, None)  # the database has yet to hear of it
+    await desk.retries.turn_backlogs()
+    await desk.settle()
+    desk.check_settled()
+    assert [seq for _, seq in desk.sent] == [1, 1, 2]
+
+
 async def test_event_that_retention_dropped_is_discarded_with_the_reason(house: House) -> None:
     await house.webhook(retry=[0.6])
     await house.start()

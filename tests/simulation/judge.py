@@ -267,7 +267,8 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
                 if (
                     born is None or not webhook.enabled or not webhook.wants(event.type)
                     or seq in server.discarded_events or key in self.finals
-                    or self.committed_at[seq] < webhook.enabled_at or server.visible(event.xid, born["created_snapshot"])
+                    or self.committed_at[seq] < webhook.enabled_at
+                    or server.visible(event.xid, born["created_snapshot"])
                 ):  # fmt: skip
                     continue
                 self.owed[key[:2]] = event

@@ -301,7 +301,7 @@ class ModelPostgres:
     def saved(self, transaction: Transaction, undo: Callable[[], None] | None) -> None:
         """A transaction with effects is committed: on record, unless it was asynchronous, and with all before it."""
         if undo is None:
-            self._unsaved.clear()
+            self.save()  # what was written before is on record with it
             self._durable_xid = max(self._durable_xid, transaction.xid)
         else:
             self._unsaved.append(undo)

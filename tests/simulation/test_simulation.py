@@ -15,17 +15,6 @@ from world import World
 
 HERE = Path(__file__).parent
 HISTORY_LINES_MAX = 400  # of a failure, its end; `--seed` shows all of it
-REGRESSIONS = [
-    18,  # a dead network kept a daemon from stopping
-    158,  # retention, cleaning up over a broken connection, swallowed the end of its session
-    206,  # the head of an ordered webhook failed while a session began
-    399,  # ordered: a lane gave back older events than those already parked
-    501,  # ordered: younger events were held already when older ones were read again
-    2144,  # a webhook was deleted while an event for it was on its way into a pending row
-    4024,  # retention waited for ever on a dead network
-    5222,  # the grace of a rotation ended with the answer that asked for the other secret
-    6301,  # an event was parked while its webhook's other rows were being discarded
-]
 
 
 def play(seed: int, *, whole: bool = False) -> World:
@@ -44,11 +33,6 @@ def play(seed: int, *, whole: bool = False) -> World:
 def test_seeds(seeds: range) -> None:
     for seed in seeds:
         play(seed)
-
-
-@pytest.mark.parametrize("seed", REGRESSIONS)
-def test_seed_that_once_found_something(seed: int) -> None:
-    play(seed)
 
 
 def test_one_seed_alone(request: pytest.FixtureRequest) -> None:
