@@ -245,7 +245,8 @@ def prune(config_file: Path | None, as_json: bool) -> None:
 def keys() -> None:
     """API keys of the accounts, and the master key.
 
-    The master key seals the webhooks' secrets. An API key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
+    The master key seals the webhooks' secrets. An API key opens one account: its webhooks, events and deliveries, in
+    API and dashboard. It is stored as a hash.
     """
 
 
@@ -348,7 +349,8 @@ def revoke_key(key_id: str, config_file: Path | None, as_json: bool) -> None:
 def rotate_master(config_file: Path | None, as_json: bool) -> None:
     """Seal every webhook's secret anew, with the current key.
 
-    That is the one in [secrets] key_file. They are opened with that key or with one in [secrets] other_key_files. Daemons may be running: each must know both
+    That is the one in [secrets] key_file. They are opened with that key or with one in [secrets] other_key_files.
+    Daemons may be running: each must know both
     keys, and have the new one as its key_file. Safe to run twice; when it is done, the old key opens nothing any more.
     """
 
