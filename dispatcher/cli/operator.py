@@ -350,8 +350,8 @@ def rotate_master(config_file: Path | None, as_json: bool) -> None:
     """Seal every webhook's secret anew, with the current key.
 
     That is the one in [secrets] key_file. They are opened with that key or with one in [secrets] other_key_files.
-    Daemons may be running: each must know both
-    keys, and have the new one as its key_file. Safe to run twice; when it is done, the old key opens nothing any more.
+    Daemons may be running: each must know both keys, and have the new one as its key_file. Safe to run twice; when it
+    is done, the old key opens nothing any more.
     """
 
     async def act() -> int:

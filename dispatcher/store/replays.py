@@ -100,7 +100,7 @@ class ReplayRecord(msgspec.Struct, frozen=True, kw_only=True):
         if self.newest_seq is None:
             share = (self.reached_at - self.since) / (self.until - self.since)
         else:
-            share = (self.reached_seq - self.first_seq) / max(1, self.newest_seq - self.first_seq)
+            share = (self.reached_seq - self.first_seq + 1) / max(1, self.newest_seq - self.first_seq + 1)
         return round(min(max(share, 0.0), 0.99), 3)
 
 
