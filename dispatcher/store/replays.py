@@ -82,10 +82,26 @@ class ReplayRecord(msgspec.Struct, frozen=True, kw_only=True):
     status: ReplayStatus
     reason: str | None
     reached_at: datetime | None  # when the last event looked at was written
+    first_seq: int | None  # of the events looked at: the first,
+    reached_seq: int | None  # the last so far,
+    newest_seq: int | None  # and the last there was at the beginning; None: it ends earlier than that
     looked: int
     queued: int
     created_at: datetime
     finished_at: datetime | None
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1, estimated: events are not counted beforehand."""
+        if self.status is ReplayStatus.DONE:
+            return 1.0
+        if self.reached_at is None or self.first_seq is None or self.reached_seq is None:
+            return 0.0
+        if self.newest_seq is None:
+            share = (self.reached_at - self.since) / (self.until - self.since)
+        else:
+            share = (self.reached_seq - self.first_seq + 1) / max(1, self.newest_seq - self.first_seq + 1)
+        return round(min(max(share, 0.0), 0.99), 3)
 
 
 class ReplayPreview(msgspec.Struct, frozen=True):
@@ -197,6 +213,8 @@ class ReplayStore:
             looked,
             queued,
             (ReplayStatus.DONE if is_over else ReplayStatus.RUNNING).value,
+            rows[0]["seq"] if looked else None,
+            last["seq"] if last else None,
         )
         return not is_over
 

@@ -181,20 +181,10 @@ def shown(record: ReplayRecord, webhook_id: str) -> ReplayAnswer:
         until=moment(record.until),
         looked=record.looked,
         queued=record.queued,
-        progress=_progress(record),
+        progress=record.progress,
         created_at=moment(record.created_at),
         finished_at=moment(record.finished_at),
     )
-
-
-def _progress(record: ReplayRecord) -> float:
-    """How much of the time asked for lies behind: events are not counted beforehand."""
-    if record.status is ReplayStatus.DONE:
-        return 1.0
-    if record.reached_at is None:
-        return 0.0
-    share = (record.reached_at - record.since) / (record.until - record.since)
-    return round(min(max(share, 0.0), 0.99), 3)
 
 
 def _choice(body: NewReplay) -> Choice:

@@ -243,6 +243,7 @@ async def test_a_replay_is_cancelled_and_what_it_queued_is_taken_back(desk: Desk
     place = f"/webhooks/{webhook}/replays/{job['id']}"
     running = await desk.ask("GET", place)
     assert (running["status"], running["queued"]) == ("running", 3)
+    assert 0.0 <= running["progress"] < 1.0  # events of one millisecond are looked at in any order
     shown = await desk.ask("DELETE", place)
     assert (shown["status"], shown["reason"], shown["queued"]) == ("cancelled", "cancelled by its owner", 0)
     assert await desk.app.fetchval("SELECT count(*) FROM dispatcher.pending") == 0
@@ -252,6 +253,25 @@ async def test_a_replay_is_cancelled_and_what_it_queued_is_taken_back(desk: Desk
     live = await desk.emit("email.sent")
     await until(lambda: desk.receiver.arrivals)
     assert [a.event_id for a in desk.receiver.arrivals] == live
+
+
+@pytest.mark.parametrize(
+    ("status", "newest", "reached", "progress"),
+    [
+        ("running", 1000, 500, 0.445), ("running", 100, 100, 0.99), ("running", 1000, None, 0.0),
+        ("running", None, 500, 0.25), ("done", 1000, 500, 1.0), ("cancelled", 1000, 500, 0.445),
+    ],
+)  # fmt: skip
+def test_progress_counts_events_where_it_can_and_time_where_it_cannot(
+    status: str, newest: int | None, reached: int | None, progress: float
+) -> None:
+    hours = [datetime(2025, 1, 15, hour, tzinfo=UTC) for hour in (0, 4, 1)]
+    record = replays.ReplayRecord(
+        id="rpl_1", selection=replays.Selection.ALL, types=None, since=hours[0], until=hours[1],
+        status=replays.ReplayStatus(status), reason=None, reached_at=hours[2], first_seq=100, reached_seq=reached,
+        newest_seq=newest, looked=0, queued=0, created_at=hours[1], finished_at=None,
+    )  # fmt: skip
+    assert record.progress == progress
 
 
 async def test_what_a_finished_replay_still_has_waiting_can_be_taken_back(desk: Desk) -> None:

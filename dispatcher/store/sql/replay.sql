@@ -1,8 +1,10 @@
 -- name: create
 -- None where the webhook is disabled, or has $7 replays under way already.
 WITH made AS (
-    INSERT INTO dispatcher.replay (id, endpoint_id, selection, types, since, until)
-    SELECT $1, e.id, $3, $4, $5, $6 FROM dispatcher.endpoint e
+    INSERT INTO dispatcher.replay (id, endpoint_id, selection, types, since, until, newest_seq)
+    SELECT $1, e.id, $3, $4, $5, $6,
+           CASE WHEN $6 > now() - interval '1 minute' THEN (SELECT last_value FROM dispatcher.outbox_seq) END
+    FROM dispatcher.endpoint e
     WHERE e.id = $2 AND e.status <> 'disabled'
       AND (SELECT count(*) FROM (SELECT FROM dispatcher.replay r
                                  WHERE r.endpoint_id = e.id AND r.status = 'running' LIMIT $7) AS running) < $7
@@ -67,7 +69,7 @@ SELECT count(*), pg_notify('dispatcher_pending', $1::integer || ' ' || (SELECT v
 
 -- name: advance
 UPDATE dispatcher.replay SET after_id = $2, reached_at = coalesce($3, reached_at), looked = looked + $4, queued = queued + $5,
-       status = $6, finished_at = CASE WHEN $6 <> 'running' THEN now() END, updated_at = now()
+       first_seq = coalesce(first_seq, $7), reached_seq = greatest(reached_seq, $8), status = $6, finished_at = CASE WHEN $6 <> 'running' THEN now() END, updated_at = now()
 WHERE id = $1;
 
 -- name: stop
