@@ -33,37 +33,19 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from dispatcher.durations import seconds_in
 from dispatcher.errors import ConfigurationError
 
 SYSTEM_FILE: Final = Path("/etc/dispatcher/dispatcher.toml")
 PREFIX: Final = "DISPATCHER_"
 NAME: Final = "dispatcher"  # of the directory below the user's state directory
 
-MINUTE_S: Final = 60.0
-HOUR_S: Final = 3600.0
 DAY_S: Final = 86400.0
 SCHEDULE_ENTRIES_MAX: Final = 50
 SECRET_BYTES_MAX: Final = 64 << 10  # a DSN or a key; more is the wrong file
 
 Value = str | int | float | bool | tuple[str, ...]
 Check = Callable[[typing.Any], bool]
-
-
-def duration_s(text: str) -> float:
-    """Seconds in a duration like "90s", "10m", "1h30m", "30d" or "250ms".
-
-    Whole numbers, each with a unit, from the largest unit to the smallest. Raises ValueError on anything else.
-    """
-    found = _DURATION.fullmatch(text)
-    if not text or found is None:
-        raise ValueError(f"{text!r} is no duration: expected something like 90s, 10m, 1h30m or 30d")
-    return sum(int(number) * unit_s for number, unit_s in zip(found.groups(), _UNITS_S, strict=True) if number)
-
-
-_UNITS_S: Final = (DAY_S, HOUR_S, MINUTE_S, 1.0, 0.001)
-_DURATION: Final = re.compile(
-    "".join(rf"(?:([0-9]{{1,9}}){unit})?" for unit in ("d", "h", "m(?!s)", "s", "ms")), re.ASCII
-)
 
 
 def host_and_port(text: str) -> tuple[str, int]:
@@ -105,15 +87,15 @@ def _holds(parse: Callable[[str], object]) -> Check:
 
 
 def _duration(low: str, high: str, *, empty: str = "") -> Key:
-    low_s, high_s = duration_s(low), duration_s(high)
-    within = _holds(lambda text: low_s <= duration_s(text) <= high_s)
+    low_s, high_s = seconds_in(low), seconds_in(high)
+    within = _holds(lambda text: low_s <= seconds_in(text) <= high_s)
     if not empty:
         return Key(f'a duration from "{low}" to "{high}"', within, reload=True)
     return Key(f'a duration from "{low}" to "{high}", or "" {empty}', lambda v: not v or within(v), reload=True)
 
 
 def _schedule(entries: tuple[str, ...]) -> bool:
-    within = _holds(lambda text: 1.0 <= duration_s(text) <= 7 * DAY_S)
+    within = _holds(lambda text: 1.0 <= seconds_in(text) <= 7 * DAY_S)
     return len(entries) <= SCHEDULE_ENTRIES_MAX and all(map(within, entries))
 
 
@@ -251,7 +233,7 @@ class Retry(Section, frozen=True):
     @property
     def schedule_s(self) -> tuple[float, ...]:
         """The delay before each retry, in seconds."""
-        return tuple(map(duration_s, self.schedule))
+        return tuple(map(seconds_in, self.schedule))
 
 
 class Retention(Section, frozen=True):
@@ -263,12 +245,12 @@ class Retention(Section, frozen=True):
     @property
     def events_s(self) -> float:
         """Seconds that events are kept."""
-        return duration_s(self.events)
+        return seconds_in(self.events)
 
     @property
     def attempts_s(self) -> float:
         """Seconds that attempts are kept."""
-        return duration_s(self.attempts)
+        return seconds_in(self.attempts)
 
 
 class AutoDisable(Section, frozen=True):
@@ -279,7 +261,7 @@ class AutoDisable(Section, frozen=True):
     @property
     def after_s(self) -> float | None:
         """Seconds of nothing but failures; None: never."""
-        return duration_s(self.after) if self.after else None
+        return seconds_in(self.after) if self.after else None
 
 
 class State(Section, frozen=True):
@@ -324,6 +306,9 @@ class Secrets(Section, frozen=True):
     """How the secrets of webhooks are kept."""
 
     key_file: Annotated[str, Key("a path", path=True)] = ""  # as loaded: never empty; made by its user if missing
+    other_key_files: Annotated[
+        tuple[str, ...], Key("files that exist and can be read", lambda files: all(map(_FILE.check, files)), path=True)
+    ] = ()
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -358,7 +343,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def masked_toml(self) -> str:
         """The effective configuration as a file, without passwords."""
         return "\n".join(
-            f"[{section}]\n" + "".join(f"{name} = {_toml(value)}\n" for name, value in keys.items())
+            f"[{section}]\n" + "".join(f"{name} = {to_toml(value)}\n" for name, value in keys.items())
             for section, keys in self.masked().items()
         )
 
@@ -626,15 +611,16 @@ def _guarded(name: str, value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    shown = _toml(value) if isinstance(value, str | bool | int | float | list | tuple) else str(value)
+    shown = to_toml(value) if isinstance(value, str | bool | int | float | list | tuple) else str(value)
     return shown if len(shown) <= 120 else f"{shown[:117]}…"
 
 
-def _toml(value: object) -> str:
+def to_toml(value: object) -> str:
+    """A value as the file spells it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(to_toml, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -13,6 +13,7 @@ import gc
 import os
 import resource
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -41,16 +42,22 @@ from dispatcher.store.overview import OverviewStore
 from dispatcher.store.replays import ReplayStore
 from dispatcher.store.sessions import SessionStore
 from dispatcher.store.vault import Vault, new_key
+from dispatcher.telemetry import Snapshot
 from dispatcher.web.api import build_api_app
+from dispatcher.web.door import CONNECTIONS_MAX
 from dispatcher.web.metrics import build_metrics_app
 from dispatcher.web.parts import Log, Operator, Send, Stores, Trial, Tried, Web
 from dispatcher.web.server import serve
 
 EMBEDDED_DIRECTORY: Final = "postgres"
-KEY_FILE: Final = "secret.key"
-FILES_PER_REQUEST: Final = 2  # in flight and idle connections; the rest is small change
+FILES_PER_REQUEST: Final = 2  # in flight and idle connections
+OTHER_FILES: Final = 2 * CONNECTIONS_MAX + 256  # of two listeners; the rest is small change
 WAIT_S: Final = 1.0
+START_S: Final = 60.0  # granted by the service manager at every try: longer than a try and the start after it take
 READY_POLL_S: Final = 0.05
+STATUS_S: Final = 5.0
+SETTLE_S: Final = 10.0  # behind [delivery] drain_s: what was in flight is written down
+ROTATE: Final = "dispatcher keys rotate-master, when every daemon has the new key as its key_file"
 EXIT_NOW: Final = 130  # a second signal: at once, as a shell would report it
 
 log = structlog.get_logger("dispatcher.daemon")
@@ -89,6 +96,7 @@ async def _reach(config: Config, *, wait: bool) -> dict[str, str]:
             if not wait:
                 raise
             log.warning("database.waiting", reason=str(error))
+            systemd.notify("STATUS=waiting for the database", f"EXTEND_TIMEOUT_USEC={int(START_S * 1e6)}")
             await asyncio.sleep(WAIT_S)
             continue
         try:
@@ -103,7 +111,7 @@ async def _reach(config: Config, *, wait: bool) -> dict[str, str]:
 
 
 def open_vault(config: Config) -> Vault:
-    """The vault with the configured key; a key is made at the first start. Raises ConfigurationError."""
+    """The vault with the configured keys; a key is made at the first start. Raises ConfigurationError."""
     path = Path(config.secrets.key_file)
     try:
         if not path.exists():
@@ -112,31 +120,43 @@ def open_vault(config: Config) -> Vault:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(descriptor, "w") as file:
                     file.write(new_key().hex() + "\n")
-        text = path.read_text(encoding="ascii").strip()
-        return Vault(bytes.fromhex(text))
+    except OSError as error:
+        raise _no_key("key_file", path, error) from error
+    others = [_key_in(Path(other), "other_key_files") for other in config.secrets.other_key_files]
+    return Vault(_key_in(path, "key_file"), others)
+
+
+def _key_in(path: Path, name: str) -> bytes:
+    try:
+        return bytes.fromhex(path.read_text(encoding="ascii").strip())
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            [f"[secrets] key_file = {str(path)!r}: 64 hexadecimal digits expected: {error}"]
-        ) from error
+        raise _no_key(name, path, error) from error
+
+
+def _no_key(name: str, path: Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError([f"[secrets] {name} = {str(path)!r}: 64 hexadecimal digits expected: {error}"])
 
 
 async def _agree_on_key(config: Config, vault: Vault, known: str | None) -> None:
-    """Refuse a key other than the one this database's secrets are sealed with; the first daemon's becomes it."""
+    """Refuse keys without the one this database's secrets are sealed with; the first daemon's becomes it."""
     if known is None:
         connection = await connect(config.database.dsn, name="dispatcher start")
         try:
             known = await connection.fetchval(statements("shard")["claim_key"], vault.fingerprint)
         finally:
             await connection.close(timeout=5)
-    if known != vault.fingerprint:
+    if known not in vault.fingerprints:
         raise ConfigurationError(
             [
                 (
                     f"[secrets] key_file = {config.secrets.key_file!r}: the secrets in this database were sealed with "
-                    f"another key (fingerprint {known}, this one is {vault.fingerprint}); copy that key file here"
+                    f"another key (fingerprint {known}, this one is {vault.fingerprint}); copy that key file here, or "
+                    "name it in other_key_files if this one is to replace it"
                 )
             ]
         )
+    if known != vault.fingerprint:
+        log.warning("secrets.two_keys", sealed_with=known, key_file=vault.fingerprint, remedy=ROTATE)
 
 
 # -- the daemon
@@ -152,9 +172,11 @@ class Daemon:
     accounts: AccountStore
     web: Web
     url: str  # of API and dashboard
+    stopping: bool = False
 
     def stop(self) -> None:
         """Drain and end."""
+        self.stopping = True
         self.engine.stop()
 
 
@@ -218,10 +240,15 @@ def tune() -> None:
     gc.set_threshold(50_000, 50, 100)
 
 
+def files_wanted(config: Config) -> int:
+    """How many descriptors a full load takes."""
+    return config.delivery.max_in_flight * FILES_PER_REQUEST + OTHER_FILES
+
+
 def raise_file_limit(config: Config) -> None:
     """Every connection is a descriptor: take what the system lets us have, and say when it is too little."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = config.delivery.max_in_flight * FILES_PER_REQUEST + 256
+    wanted = files_wanted(config)
     if soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         with contextlib.suppress(OSError, ValueError):
@@ -250,6 +277,7 @@ async def run(
     `on_ready` is called once events are being delivered, or another daemon does that and this one stands by. Raises
     ConfigurationError, SchemaMismatch, DatabaseUnreachable.
     """
+    sockets = _passed_sockets()
     settings = await _reach(config, wait=wait)
     vault = open_vault(config)
     await _agree_on_key(config, vault, settings.get("key_fingerprint"))
@@ -287,12 +315,17 @@ async def run(
         web.log = Log(deliveries=DeliveryStore(pool), replays=ReplayStore(pool), ids=ids, send=sender(shot))
         if config.server.operator_key:
             web.operator = Operator(key=config.server.operator_key, store=OperatorStore(pool), settings=config.masked())
-        api = await serve(build_api_app(web), config.server.listen, key="[server] listen")
+        api = await serve(build_api_app(web), config.server.listen, key="[server] listen", sockets=sockets["server"])
         stack.push_async_callback(api.cleanup)
         if config.metrics.listen:
-            metrics = await serve(build_metrics_app(engine.snapshot), config.metrics.listen, key="[metrics] listen")
+            metrics = await serve(
+                build_metrics_app(engine.snapshot, state_directory=Path(config.state.directory)),
+                config.metrics.listen,
+                key="[metrics] listen",
+                sockets=sockets["metrics"],
+            )
             stack.push_async_callback(metrics.cleanup)
-        daemon = Daemon(config, engine, pool, accounts, web, f"http://{_shown(api, config)}")
+        daemon = Daemon(config, engine, pool, accounts, web, _url(api))
         if signals:
             stack.callback(_handle_signals(daemon, reload))
         tune()
@@ -306,10 +339,24 @@ async def run(
     log.info("stopped")
 
 
-def _shown(runner: Any, config: Config) -> str:
-    """Where the API really listens: port 0 asks the system for one."""
-    host, port = runner.addresses[0][:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _passed_sockets() -> dict[str, list[socket.socket]]:
+    """Sockets passed by the service manager, by the section whose `listen` they replace. Raises ConfigurationError."""
+    passed: dict[str, list[socket.socket]] = {"server": [], "metrics": []}
+    try:
+        for name, each in systemd.take_sockets():
+            passed["metrics" if name == "metrics" else "server"].append(each)
+    except OSError as error:
+        raise ConfigurationError([f"LISTEN_FDS: expected sockets: {error.strerror}"]) from None
+    return passed
+
+
+def _url(runner: Any) -> str:
+    """Where the API really listens: port 0 asks the system for one, and a socket may have been passed."""
+    address = runner.addresses[0]
+    if not isinstance(address, tuple):
+        return f"unix:{address}"
+    host, port = address[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def _announce(daemon: Daemon, running: asyncio.Task[None], on_ready: Callable[[Daemon], None] | None) -> None:
@@ -321,13 +368,19 @@ async def _announce(daemon: Daemon, running: asyncio.Task[None], on_ready: Calla
     systemd.notify("READY=1", f"STATUS={engine.role}")
     if on_ready is not None:
         on_ready(daemon)
-    every = systemd.watchdog_s() or 5.0
+    every = systemd.watchdog_s() or STATUS_S
     while True:
-        await asyncio.sleep(min(every, 5.0))
+        await asyncio.sleep(min(every, STATUS_S))
         s = engine.snapshot()
-        status = f"{s.role}: {s.queued} queued, {s.in_flight} in flight, {s.retries_waiting} retries waiting"
-        alive = ("WATCHDOG=1",) if s.progress_age_s < every else ()
-        systemd.notify(f"STATUS={status if s.database else 'database away: ' + status}", *alive)
+        # A drain reads nothing more and has an end of its own.
+        alive = ("WATCHDOG=1",) if daemon.stopping or s.progress_age_s < every else ()
+        systemd.notify(f"STATUS={_status(s, stopping=daemon.stopping)}", *alive)
+
+
+def _status(s: Snapshot, *, stopping: bool) -> str:
+    """What `systemctl status` shows."""
+    does = "draining" if stopping else s.role if s.database else "database away"
+    return f"{does}: {s.queued} queued, {s.in_flight} in flight, {s.retries_waiting} retries waiting"
 
 
 def _handle_signals(daemon: Daemon, reload: Callable[[], Config] | None) -> Callable[[], None]:
@@ -340,8 +393,12 @@ def _handle_signals(daemon: Daemon, reload: Callable[[], Config] | None) -> Call
         if asked:
             os._exit(EXIT_NOW)  # nothing is lost: what is not settled is still in the outbox or pending
         asked = True
-        systemd.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((daemon.config.delivery.drain_s + 10) * 1e6)}")
         daemon.stop()
+        systemd.notify(
+            "STOPPING=1",
+            f"EXTEND_TIMEOUT_USEC={int((daemon.config.delivery.drain_s + SETTLE_S) * 1e6)}",
+            f"STATUS={_status(daemon.engine.snapshot(), stopping=True)}",
+        )
 
     def hang_up() -> None:
         if reload is not None:

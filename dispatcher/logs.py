@@ -2,10 +2,14 @@
 
 Structlog renders; records of other libraries pass through the same door. Request bodies and secrets are never handed to
 a logger in the first place; what looks like a credential in a DSN is masked here as a second line.
+
+What others wrote (a path, a host name, what a peer sent) stands in a line and cannot end it: whatever is not printable
+is escaped, so that nobody forges a line of ours or speaks to the terminal it is read on.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from typing import Any, TextIO
@@ -20,6 +24,24 @@ def _masked(_: Any, __: str, event: Any) -> Any:
         if isinstance(value, str) and "://" in value:
             event[key] = mask(value)
     return event
+
+
+def _escaped(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _printable(_: Any, __: str, event: Any) -> Any:
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = _escaped(value)
+    return event
+
+
+def _traceback(out: TextIO, failure: Any) -> None:
+    """Indented, so that no message of an exception looks like a line of its own, and without local variables."""
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, failure)
+    out.writelines(f"\n    {_escaped(line)}" for line in text.getvalue().strip("\n").split("\n"))
 
 
 def _in_order(_: Any, __: str, event: Any) -> Any:
@@ -41,7 +63,7 @@ def start_logging(settings: Log, stream: TextIO | None = None) -> None:
     ]
     last: list[Any] = (
         # The default formatter prints local variables with a traceback: secrets, keys, payloads.
-        [structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback)]
+        [_printable, structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=_traceback)]
         if as_text
         else [structlog.processors.format_exc_info, _in_order, structlog.processors.JSONRenderer()]
     )

@@ -18,6 +18,15 @@ ShardId = NewType("ShardId", int)
 DEFAULT_ACCOUNT: Final = "default"
 
 
+class Discreet:
+    """Something that may hold a secret: its repr, and so a log or a traceback, shows none of its values."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+
 class DeliveryState(StrEnum):
     """Where one event stands for one webhook."""
 
@@ -87,10 +96,9 @@ class Attempt:
 
     __slots__ = ("body", "duration_s", "error", "head", "result", "retry_after", "sent_at", "status")
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  by position on the hot path
         self,
         result: Result,
-        *,
         status: int = 0,
         error: str | None = None,
         retry_after: bytes | None = None,
@@ -127,7 +135,7 @@ class Endpoint:
     secret: str | None = dataclasses.field(default=None, repr=False)
     previous_secret: str | None = dataclasses.field(default=None, repr=False)  # signs too until it expires
     previous_secret_expires_at: datetime | None = None
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)  # customers put tokens into them
     body_style: BodyStyle = BodyStyle.COMPACT
     schedule_s: tuple[float, ...] = (60.0, 600.0, 3600.0)  # delays before each retry
     max_concurrency: int = 16

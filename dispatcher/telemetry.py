@@ -82,6 +82,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     role: str = "standby"  # active | standby
     database: bool = False  # reachable right now
+    database_losses: int = 0  # sessions that ended in trouble with it
     progress_age_s: float = 0.0  # since the engine's loops last went round
     at_unix_s: float = 0.0
     events: int = 0
@@ -103,6 +104,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     lanes: dict[str, int] = msgspec.field(default_factory=dict)  # by health
     connections: dict[str, int] = msgspec.field(default_factory=dict)  # by state
     event_loop_lag_s: float = 0.0
+    instances: dict[str, int] = msgspec.field(default_factory=dict)  # daemons on this database, by role
+    partitions_until_unix_s: dict[str, float] = msgspec.field(default_factory=dict)  # by table: end of the last one
     worst: list[TroubledEndpoint] = msgspec.field(default_factory=list)
 
 

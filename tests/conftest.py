@@ -39,6 +39,12 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"uvloop": uvloop.new_event_loop}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    simulation = parser.getgroup("simulation")
+    simulation.addoption("--seeds", type=int, default=500, help="how many worlds to simulate (default: %(default)s)")
+    simulation.addoption("--seed", type=int, help="one world to simulate, with its history")
+
+
 class Administrator:
     """A superuser's connection with a thread and a loop of its own, so that fixtures of any kind may wait for it."""
 

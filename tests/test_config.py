@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.config import KEYS, Config, duration_s, host_and_port, load, mask
+from dispatcher.config import KEYS, Config, host_and_port, load, mask
 from dispatcher.errors import ConfigurationError
 
 REFERENCE = Path(__file__).parent.parent / "config" / "dispatcher.toml"
@@ -416,20 +416,6 @@ def test_the_embedded_database_takes_both_places() -> None:
 
 
 # Small languages
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("0s", 0), ("90s", 90), ("1m", 60), ("1h30m", 5400), ("5d", 432000), ("250ms", 0.25), ("1d2h3m4s5ms", 93784.005)],
-)
-def test_durations_are_whole_numbers_with_units_from_large_to_small(text: str, seconds: float) -> None:
-    assert duration_s(text) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize("text", ["", "5", "m", "1.5h", "-1s", "1m1h", "1s1s", "1 m", "1M", "1w", "١s", "1m ", "1m\n"])
-def test_anything_else_is_no_duration(text: str) -> None:
-    with pytest.raises(ValueError, match="is no duration"):
-        duration_s(text)
 
 
 @pytest.mark.parametrize(

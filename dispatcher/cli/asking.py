@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dispatcher.cli.completing import profiles
 from dispatcher.cli.output import decoded, file_argument, for_programs, hint, print_json, print_record, warn
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options by which a command finds the API."""
     for option in (
         click.option(
-            "--profile", metavar="NAME", help="Which stored login to use. [default: $TRACKPOST_PROFILE, else default]"
+            "--profile",
+            metavar="NAME",
+            shell_complete=profiles,
+            help="Which stored login to use. [default: $TRACKPOST_PROFILE, else default]",
         ),
         click.option("--api-key", metavar="KEY", help="The API key. Shows in ps and in the shell's history."),
         click.option("--api-url", metavar="URL", help="Where the API is."),
@@ -58,15 +62,33 @@ def part(limit: int, after: str | None) -> dict[str, str | int]:
     return {"limit": limit, **({"after": after} if after else {})}
 
 
-async def browse(api: Api, *path: str, query: dict[str, str | int], every: bool) -> dict[str, Any]:
-    """A page of a list; with `every`, all that follow in one."""
+async def browse(
+    api: Api, *path: str, query: dict[str, str | int], every: bool, as_json: bool
+) -> dict[str, Any] | None:
+    """A page of a list for people to see; with `every`, all that follow in one. None: it was printed, for programs."""
     from dispatcher.cli.client import PAGE_MAX
 
-    if not every:
-        page: dict[str, Any] = await api.call("GET", *path, query=query)
-        return page
-    data = [entry async for entry in _entries(api, *path, query={**query, "limit": PAGE_MAX})]
-    return {"data": data, "has_more": False, "next": None}
+    if every:
+        entries = _entries(api, *path, query={**query, "limit": PAGE_MAX})
+        if for_programs(as_json):
+            await _print_each(entries)
+            return None
+        return {"data": [entry async for entry in entries], "has_more": False, "next": None}
+    page: dict[str, Any] = await api.call("GET", *path, query=query)
+    if for_programs(as_json):
+        print_json(page)
+        return None
+    return page
+
+
+async def _print_each(entries: AsyncIterator[Any]) -> None:
+    """One document, entry by entry: a long list need not be in memory, and a reader who has enough ends it."""
+    opening = '{"data":['
+    async for entry in entries:
+        click.echo(opening, nl=False)
+        print_json(entry, on_one_line=True)
+        opening = ","
+    click.echo(f'{opening if opening != "," else ""}],"has_more":false,"next":null}}')
 
 
 async def _entries(api: Api, *path: str, query: dict[str, str | int]) -> AsyncIterator[Any]:

@@ -18,12 +18,14 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 
 from dispatcher import __version__
-from dispatcher.cli.output import FAILED, MISUSED, UNAUTHORISED, UNREACHABLE, Failure
+from dispatcher.cli.output import FAILED, MISUSED, UNAUTHORISED, UNREACHABLE, Failure, hint
 
 VERSION_PATH: Final = "/v1"
 CONNECT_TIMEOUT_S: Final = 10.0
 TIMEOUT_S: Final = 60.0  # longer than anything the API does; `test` waits for a subscriber's 30 s
 PAGE_MAX: Final = 100  # what a list gives at once
+PATIENCE: Final = 5  # times in a row that we come back when told to
+WAIT_S_MAX: Final = 30.0
 AWAY: Final = (502, 503, 504)  # something is in between, or the database is away
 
 
@@ -77,18 +79,27 @@ class Api:
     ) -> Any:
         """Ask, and return the document that comes back; None when there is none to come.
 
-        `path` is the segments below /v1. `body` is a document, or the bytes of one. Raises Failure.
+        `path` is the segments below /v1. `body` is a document, or the bytes of one. Who is told that they ask too
+        often, and when to come back, does as told for a while. Raises Failure.
         """
         assert self._session is not None, "the API is a context manager"
         url = "/".join([self.url, *(quote(segment, safe="") for segment in path)])
         content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = {"Content-Type": "application/json", **(headers or {})} if content is not None else dict(headers or {})
         with self._mapped():
-            # No redirect is followed: the key is for this server.
-            async with self._session.request(
-                method, url, params=query or None, data=content, headers=given, allow_redirects=False
-            ) as response:
-                return self._understood(response, await response.read())
+            patience = PATIENCE
+            while True:
+                # No redirect is followed: the key is for this server.
+                async with self._session.request(
+                    method, url, params=query or None, data=content, headers=given, allow_redirects=False
+                ) as response:
+                    raw = await response.read()
+                wait_s = _wait_s(response)
+                if wait_s is None or not patience:
+                    return self._understood(response, raw)
+                patience -= 1
+                hint(f"Asked too often: going on in {wait_s:.0f} s.")
+                await asyncio.sleep(wait_s)
 
     async def stream(
         self, *path: str, query: Mapping[str, str], headers: Mapping[str, str], silence_s: float
@@ -157,6 +168,14 @@ def base_url(text: str) -> str:
     return parts.geturl() if parts.path.endswith(VERSION_PATH) else parts.geturl() + VERSION_PATH
 
 
+def _wait_s(response: aiohttp.ClientResponse) -> float | None:
+    """How long to wait before asking again what was refused for being too much; None: there is no sense in that."""
+    text = response.headers.get("Retry-After", "")
+    if response.status != 429 or not text.isdecimal() or int(text) > WAIT_S_MAX:
+        return None
+    return max(1.0, float(text))
+
+
 def _exit_code(status: int) -> int:
     if status in (401, 403):
         return UNAUTHORISED
@@ -176,6 +195,8 @@ def _told(response: aiohttp.ClientResponse, document: Any) -> str:
 
 def reason_of(error: BaseException) -> str:
     """Why there was no answer, in a few words."""
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the connection broke off"
     if isinstance(error, asyncio.TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorError) and error.os_error is not None:

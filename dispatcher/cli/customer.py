@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Final
 
 import click
 
@@ -28,8 +27,6 @@ from dispatcher.cli.output import (
 )
 from dispatcher.cli.signatures import sign, verify
 from dispatcher.cli.webhooks import webhooks
-
-COMPLETION_VARIABLE: Final = "_TRACKPOST_COMPLETE"
 
 
 @click.group(
@@ -115,9 +112,10 @@ def _typed_key() -> str:
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what teaches a shell to complete this command line."""
-    from click.shell_completion import get_completion_class
+    """Print what teaches a shell to complete `trackpost`.
 
-    found = get_completion_class(shell)
-    assert found is not None, "click knows these shells"
-    click.echo(found(main, {}, "trackpost", COMPLETION_VARIABLE).source())
+    Commands and options, event types, stored logins, and your webhooks with their URLs, which are asked of the API.
+    """
+    from dispatcher.cli.completing import script
+
+    click.echo(script(main, "trackpost", shell))

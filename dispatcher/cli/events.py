@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dispatcher.cli.asking import browse, connected, part, tell_more
+from dispatcher.cli.completing import event_types
 from dispatcher.cli.output import (
     MISUSED,
     Failure,
@@ -19,6 +20,7 @@ from dispatcher.cli.output import (
     print_record,
     print_table,
     refuse,
+    since,
     text_argument,
 )
 
@@ -28,11 +30,14 @@ if TYPE_CHECKING:
 
 @click.group()
 def events() -> None:
-    """Events of your account, and the types there are."""
+    """Events of your account, and the types there are.
+
+    An event is one fact, and makes a delivery for each webhook that asks for its type. IDs begin with evt_.
+    """
 
 
 @events.command("list", epilog=examples("trackpost events list --type email.bounced --limit 5"))
-@click.option("--type", "type_", metavar="TYPE", help="Only events of this type.")
+@click.option("--type", "type_", metavar="TYPE", shell_complete=event_types, help="Only events of this type.")
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True, help="How many.")
 @click.option("--after", metavar="CURSOR", help="Those that follow: the `next` of the page before.")
 @click.option("--all", "every", is_flag=True, help="All of them.")
@@ -41,26 +46,32 @@ def events() -> None:
 async def list_events(
     api: Api, *, type_: str | None, limit: int, after: str | None, every: bool, as_json: bool
 ) -> None:
-    """List events, newest first."""
+    """List events, newest first.
+
+    A `discarded` one cannot be sent to anybody, and `why` says what is wrong with it.
+    """
     query = part(limit, after) | ({"type": type_} if type_ else {})
-    page = await browse(api, "events", query=query, every=every)
-    if for_programs(as_json):
-        print_json(page)
+    page = await browse(api, "events", query=query, every=every, as_json=as_json)
+    if page is None:
         return
     print_table(
         ("id", "type", "created", "status", "why"),
-        ((e["id"], e["type"], e["created_at"], e["status"], e["reason"] or "") for e in page["data"]),
+        ((e["id"], e["type"], since(e["created_at"]), e["status"], e["reason"] or "") for e in page["data"]),
         empty="no events",
+        folding=("why",),
     )
     tell_more(page)
 
 
-@events.command("get")
+@events.command("get", epilog=examples("trackpost events get evt_…", "trackpost events get evt_… --json | jq .data"))
 @click.argument("event_id", metavar="ID")
 @json_option
 @connected
 async def get_event(api: Api, event_id: str, *, as_json: bool) -> None:
-    """Show one event with its data."""
+    """Show one event with its data.
+
+    What became of it at a webhook: `trackpost deliveries list WEBHOOK --event ID`.
+    """
     event = await api.call("GET", "events", event_id)
     if for_programs(as_json):
         print_json(event)
@@ -70,11 +81,14 @@ async def get_event(api: Api, event_id: str, *, as_json: bool) -> None:
 
 
 @events.command("types", epilog=examples("trackpost events types", "trackpost events types email.bounced"))
-@click.argument("type_", metavar="[TYPE]", required=False)
+@click.argument("type_", metavar="[TYPE]", required=False, shell_complete=event_types)
 @json_option
 @connected
 async def list_types(api: Api, type_: str | None, *, as_json: bool) -> None:
-    """List the event types there are; with TYPE, show its schema and a sample."""
+    """List the event types, or show one.
+
+    With TYPE, its JSON Schema and the sample that `trigger` and `webhooks test` send.
+    """
     page = await api.call("GET", "event-types")
     if type_ is not None:
         found = _type_of(page, type_)
@@ -87,7 +101,9 @@ async def list_types(api: Api, type_: str | None, *, as_json: bool) -> None:
         print_json(page)
     else:
         print_table(
-            ("type", "description", "when"), ((t["name"], t["description"], t.get("when", "")) for t in page["data"])
+            ("type", "description", "when"),
+            ((t["name"], t["description"], t.get("when", "")) for t in page["data"]),
+            folding=("description", "when"),
         )
 
 
@@ -109,7 +125,7 @@ def _type_of(catalogue: Mapping[str, Any], name: str) -> dict[str, Any]:
         "trackpost trigger invoice.paid --data @invoice.json --idempotency-key invoice-17",
     )
 )
-@click.argument("type_", metavar="TYPE")
+@click.argument("type_", metavar="TYPE", shell_complete=event_types)
 @click.option(
     "--set",
     "changes",
@@ -124,9 +140,10 @@ def _type_of(catalogue: Mapping[str, Any], name: str) -> dict[str, Any]:
 async def trigger(
     api: Api, type_: str, *, changes: tuple[str, ...], data: str | None, idempotency_key: str | None, as_json: bool
 ) -> None:
-    """Emit an event: the catalogue's sample of TYPE, with the changes you name.
+    """Emit an event: a sample of TYPE, with your changes.
 
-    It is a real event, and goes to every webhook of yours that asks for its type.
+    It is a real event, and goes to every webhook of yours that asks for its type, and to `trackpost listen`. A type
+    that is not in the catalogue has no sample: give --data.
     """
     text = None if data is None else text_argument(data, "--data")
     if text is None or changes:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import click
 
 from dispatcher.cli.asking import connected, read_secret
+from dispatcher.cli.completing import event_filters
 from dispatcher.cli.output import examples, for_programs, json_option, refuse
 from dispatcher.cli.signatures import secret_options
 
@@ -25,7 +26,12 @@ SECRET_RANDOM_BYTES: Final = 32
     )
 )
 @click.option("--forward-to", metavar="URL", help="The local server. Without it events are only shown.")
-@click.option("--events", metavar="TYPES", help="Only these: email.delivered,billing.*  [default: all]")
+@click.option(
+    "--events",
+    metavar="A,B",
+    shell_complete=event_filters,
+    help="Only these: email.delivered,billing.*  [default: all]",
+)
 @click.option(
     "--body-style",
     type=click.Choice(["compact", "python"]),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dispatcher import __version__
+from dispatcher.cli.completing import event_types
 from dispatcher.cli.output import (
     HELP,
     MISUSED,
@@ -30,6 +31,7 @@ from dispatcher.cli.output import (
     print_record,
     print_table,
     refuse,
+    since,
     text_argument,
 )
 
@@ -138,7 +140,7 @@ def _ending_on_sigterm() -> Iterator[None]:
 @click.option("--port", type=click.IntRange(0, 65535), help="Of the API. [default: 8480, or a free one]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each delivery.")
 def demo(once: bool, port: int | None, as_json: bool) -> None:
-    """Show everything at work, on a PostgreSQL that is gone afterwards.
+    """Show everything at work, and leave nothing behind.
 
     Starts an embedded PostgreSQL in a temporary directory, the engine, the API, and a receiver of its own,
     which is registered as two webhooks: one with a handler like the Express example of the webhook guide, one like the
@@ -153,15 +155,27 @@ def demo(once: bool, port: int | None, as_json: bool) -> None:
 # ── configuration and schema ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@main.command("check-config")
+@main.command(
+    "check-config",
+    epilog=examples(
+        "dispatcher check-config", "dispatcher check-config /etc/dispatcher/dispatcher.toml --json | jq .delivery"
+    ),
+)
 @click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
-def check_config(file: Path | None, as_json: bool) -> None:
+@click.option("--reference", "as_reference", is_flag=True, help="Print what every key is and means, as Markdown.")
+@click.option("--example", "as_example", is_flag=True, help="Print a file with every key at its default.")
+def check_config(file: Path | None, as_json: bool, as_reference: bool, as_example: bool) -> None:
     """Print the configuration in effect, or every mistake in it.
 
     Each key is printed with the value it has from file, environment or default; secrets are masked. A mistake is told
     with key, value and what was expected, and the exit code is 2.
     """
+    if as_reference or as_example:
+        from dispatcher.cli.reference import example, reference
+
+        click.echo(reference() if as_reference else example(), nl=False)
+        return
     config = _configuration(file)
     if config.events.catalogue:
         from dispatcher.daemon import catalogue_of
@@ -173,7 +187,7 @@ def check_config(file: Path | None, as_json: bool) -> None:
         click.echo(config.masked_toml(), nl=False)
 
 
-@main.command()
+@main.command(epilog=examples("dispatcher migrate --dry-run", "dispatcher migrate"))
 @config_option
 @click.option("--dry-run", "-n", is_flag=True, help="Only say what would be applied.")
 @json_option
@@ -202,7 +216,7 @@ def migrate(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
         click.echo("the schema is up to date")
 
 
-@main.command()
+@main.command(epilog=examples("dispatcher prune"))
 @config_option
 @json_option
 def prune(config_file: Path | None, as_json: bool) -> None:
@@ -229,7 +243,10 @@ def prune(config_file: Path | None, as_json: bool) -> None:
 
 @main.group()
 def keys() -> None:
-    """API keys of the accounts."""
+    """API keys of the accounts, and the key that webhook secrets are sealed with.
+
+    An API key opens one account: its webhooks, events and deliveries, in API and dashboard. It is stored as a hash.
+    """
 
 
 @keys.command(
@@ -263,11 +280,14 @@ def create_key(account: str, test: bool, config_file: Path | None, as_json: bool
         hint("Keep the key: it cannot be shown again.")
 
 
-@keys.command("list")
+@keys.command("list", epilog=examples("dispatcher keys list"))
 @config_option
 @json_option
 def list_keys(config_file: Path | None, as_json: bool) -> None:
-    """List the keys of every account, revoked ones included, oldest first."""
+    """List the keys of every account, oldest first.
+
+    Revoked ones included. Of the key itself only the last four characters are known.
+    """
 
     async def act() -> list[Any]:
         from dispatcher.store.accounts import PAGE_MAX, AccountStore
@@ -285,16 +305,22 @@ def list_keys(config_file: Path | None, as_json: bool) -> None:
         print_json(found)
         return
     columns = ("id", "account", "mode", "key", "created", "revoked")
-    rows = ((k["id"], k["account"], k["mode"], f"…{k['hint']}", k["created_at"], k["revoked_at"]) for k in found)
+    rows = (
+        (k["id"], k["account"], k["mode"], f"…{k['hint']}", since(k["created_at"]), since(k["revoked_at"]))
+        for k in found
+    )
     print_table(columns, rows, empty="no keys yet: dispatcher keys create --account NAME")
 
 
-@keys.command("revoke")
+@keys.command("revoke", epilog=examples("dispatcher keys revoke key_…"))
 @click.argument("key_id", metavar="ID")
 @config_option
 @json_option
 def revoke_key(key_id: str, config_file: Path | None, as_json: bool) -> None:
-    """Refuse a key from its next request on. ID is the key's id (`keys list`), not the key."""
+    """Refuse a key from its next request on.
+
+    ID is the key's id (`keys list`), not the key. It cannot be undone.
+    """
 
     async def act() -> Any:
         from dispatcher.store.accounts import AccountStore
@@ -311,6 +337,37 @@ def revoke_key(key_id: str, config_file: Path | None, as_json: bool) -> None:
         click.echo(f"revoked {record.id} of {record.account}")
 
 
+@keys.command(
+    "rotate-master",
+    epilog=examples(
+        "DISPATCHER_SECRETS_KEY_FILE=new.key DISPATCHER_SECRETS_OTHER_KEY_FILES=old.key dispatcher keys rotate-master"
+    ),
+)
+@config_option
+@json_option
+def rotate_master(config_file: Path | None, as_json: bool) -> None:
+    """Seal the secrets of all webhooks anew, with the key in [secrets] key_file.
+
+    They are opened with that key or with one in [secrets] other_key_files. Daemons may be running: each must know both
+    keys, and have the new one as its key_file. Safe to run twice; when it is done, the old key opens nothing any more.
+    """
+
+    async def act() -> int:
+        from dispatcher.daemon import open_vault
+        from dispatcher.store.resealing import reseal
+
+        async with _session(config_file) as (config, connection):
+            return await reseal(connection, open_vault(config))
+
+    resealed = _run(_mapped(act()))
+    if for_programs(as_json):
+        print_json({"resealed": resealed})
+    else:
+        click.echo(
+            f"sealed the secrets of {resealed} webhooks anew" if resealed else "nothing was sealed with another key"
+        )
+
+
 def _key_fields(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__struct_fields__}
 
@@ -325,7 +382,7 @@ def _key_fields(record: Any) -> dict[str, Any]:
         "psql -Atc 'SELECT row_to_json(…)' | dispatcher emit order.placed --data -",
     )
 )
-@click.argument("type_", metavar="TYPE")
+@click.argument("type_", metavar="TYPE", shell_complete=event_types)
 @click.option(
     "--data", required=True, metavar="JSON|@FILE|-", help="An object: itself, from a file, or from standard input."
 )
@@ -394,9 +451,10 @@ def _check_event(type_: str, data: str) -> None:
 @config_option
 @json_option
 def status(watch: bool, config_file: Path | None, as_json: bool) -> None:
-    """Show the running engine: rates, lag, requests in flight, retries, the webhooks in most trouble.
+    """Show the running engine.
 
-    Looks twice, a second apart, to tell rates. The exit code is 1 when no daemon runs on this database.
+    Rates, lag, requests in flight, retries, the webhooks in most trouble. Looks twice, a second apart, to tell rates.
+    The exit code is 1 when no daemon runs on this database.
     """
     from dispatcher.cli.status import look
 
@@ -411,6 +469,44 @@ def status(watch: bool, config_file: Path | None, as_json: bool) -> None:
             await look(connection, reachable, watch=watch, as_json=for_programs(as_json))
 
     _run(_mapped(act()))
+
+
+@main.command(
+    epilog=examples(
+        "dispatcher completion bash > ~/.local/share/bash-completion/completions/dispatcher",
+        "dispatcher completion zsh > ~/.zfunc/_dispatcher",
+        "dispatcher completion fish > ~/.config/fish/completions/dispatcher.fish",
+    )
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what teaches a shell to complete `dispatcher`.
+
+    Commands, options and event types.
+    """
+    from dispatcher.cli.completing import script
+
+    click.echo(script(main, "dispatcher", shell))
+
+
+@main.command(
+    epilog=examples("dispatcher doctor", "dispatcher doctor --json | jq '.findings[] | select(.verdict != \"ok\")'")
+)
+@config_option
+@json_option
+def doctor(config_file: Path | None, as_json: bool) -> None:
+    """Look at everything that has to be right here, and say what to change.
+
+    Clock, file limits, trust store, secrets key, disk and ports of this host; version, settings, connections and
+    poolers of the database; schema, key, daemons and partitions in it. Changes nothing.
+
+    Exit codes: 0 all is well, though there may be advice; 1 there is a problem; 2 the configuration is wrong; 3 the
+    database cannot be reached.
+    """
+    from dispatcher.cli.doctor import examine, show
+
+    findings, reached = _run(examine(_configuration(config_file, quiet=True)))
+    click.get_current_context().exit(show(findings, reached=reached, as_json=for_programs(as_json)))
 
 
 # ── what the commands share ────────────────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NoReturn
@@ -198,21 +198,26 @@ def console() -> Console:
     return Console(highlight=False, markup=False, emoji=False, no_color=is_plain() or None)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "nothing here") -> None:
-    """Print rows under small headings; `empty` in place of no rows at all."""
-    from rich import box
-    from rich.table import Table
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    empty: str = "nothing here",
+    folding: Container[str] = (),
+) -> None:
+    """Print rows under small headings, or as blocks where the terminal is narrow; `empty` in place of no rows at all.
+
+    Columns of `folding` may break their cells over lines.
+    """
+    from dispatcher.cli.tables import lay_out
 
     listed = [[cell(value) for value in row] for row in rows]
     if not listed:
         click.echo(empty)
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column == "id")
-    for row in listed:
-        table.add_row(*row)
-    console().print(table)
+    to = console()
+    for part in lay_out(columns, listed, to.width, folding):
+        to.print(part)
 
 
 def print_record(record: Mapping[str, object]) -> None:
@@ -243,6 +248,19 @@ def cell(value: object) -> str:
         case float():
             return f"{value:g}"
     return printable(str(value))
+
+
+def since(at: datetime | str | None, now: datetime | None = None) -> str | None:
+    """How long ago a moment was, or how far ahead it is, as people say it; exact times are for `--json` and `get`."""
+    if at is None:
+        return None
+    moment = datetime.fromisoformat(at) if isinstance(at, str) else at
+    passed_s = ((now or datetime.now(UTC)) - moment).total_seconds()
+    for unit, length_s, end_s in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800), ("d", 86_400, 8_640_000)):
+        if abs(passed_s) < end_s:
+            span = f"{abs(passed_s) // length_s:.0f} {unit}"
+            return f"{span} ago" if passed_s >= 0 else f"in {span}"
+    return f"{moment:%Y-%m-%d}"
 
 
 # ── options and arguments both command lines have ──────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from dispatcher.cli.output import FAILED, examples, file_argument, for_programs,
 def secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where the secret comes from."""
     for option in (
-        click.option("--secret-file", metavar="FILE", help="A file with the secret."),
+        click.option("--secret-file", type=click.Path(), metavar="FILE|-", help="A file with the secret."),
         click.option("--secret", metavar="SECRET", help="The secret. Shows in ps and in the shell's history."),
     ):
         command = option(command)
@@ -40,7 +40,7 @@ def _given_secret(secret: str | None, file: str | None, body: str) -> str:
         "trackpost sign --secret-file secret.txt body.json --json | jq -r '.\"X-Trackpost-Signature\"'",
     )
 )
-@click.argument("file", default="-")
+@click.argument("file", type=click.Path(), default="-")
 @secret_options
 @click.option("--webhook-id", metavar="ID", help="[default: the id in the body, else msg_0]")
 @click.option("--webhook-timestamp", type=click.IntRange(0), metavar="UNIX", help="[default: now]")
@@ -54,9 +54,10 @@ def sign(
     webhook_timestamp: int | None,
     as_json: bool,
 ) -> None:
-    """Print the signature headers of a body (FILE, or standard input), as they would be sent.
+    """Print the signature headers of a body.
 
-    The body is signed to the byte: a line break at the end of the file belongs to it.
+    They are those that would be sent with FILE, or standard input; no server is asked. The body is signed to the byte:
+    a line break at the end of the file belongs to it.
     """
     from dispatcher.core.signing import Signer
 
@@ -91,7 +92,7 @@ def _id_in(body: bytes) -> str | None:
         "                 --webhook-signature 'v1,K5oZ…' body.json",
     )
 )
-@click.argument("file", default="-")
+@click.argument("file", type=click.Path(), default="-")
 @secret_options
 @click.option("--signature", metavar="HEX", help="The value of X-Trackpost-Signature.")
 @click.option("--webhook-id", metavar="ID", help="The value of webhook-id.")
@@ -111,7 +112,10 @@ def verify(
     ignore_age: bool,
     as_json: bool,
 ) -> None:
-    """Check the signature of a body (FILE, or standard input): the exit code is 0 if it is valid, 1 if not.
+    """Check the signature of a body.
+
+    That of FILE, or standard input, to the byte; no server is asked. The exit code is 0 if it is valid and 1 if not,
+    and you are told what is wrong with it.
 
     Give --signature, or all of --webhook-id, --webhook-timestamp and --webhook-signature, or all four.
     """

@@ -5,10 +5,13 @@ Delays are seconds. Randomness comes as an argument, `unit_random` in [0, 1), an
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
+
+from dispatcher.durations import UNITS_S, seconds_in
 
 RETRIES_MAX: Final = 50
 DURATION_S_MAX: Final = 36500 * 86400.0  # a century: more is a typing mistake
@@ -20,8 +23,6 @@ STANDARD: Final = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.
 NONE: Final[tuple[float, ...]] = ()
 PRESETS: Final[dict[str, tuple[float, ...]]] = {"default": DEFAULT, "standard": STANDARD, "none": NONE}
 
-_UNITS_S: Final = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}  # the longest first: format needs it
-_DURATION: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)(ms|[smhd])")
 
 _DEAD_S: Final = 30.0
 _DEAD_S_MAX: Final = 900.0
@@ -39,15 +40,16 @@ _HTTP_DATES: Final = (  # RFC 9110, section 5.6.7: the one to send, and the two 
 
 
 def parse_duration(value: str | float) -> float:
-    """Seconds from "250ms", "30s", "1.5m", "1h" or "5d", or from a plain number of seconds.
+    """Seconds from "250ms", "30s", "1.5m", "1h30m" or "5d", or from a plain number of seconds.
 
     Raises ValueError saying what was expected.
     """
     seconds: float = -1.0
     if not isinstance(value, str | bool):
         seconds = value
-    elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
-        seconds = float(match[1]) * _UNITS_S[match[2]]
+    elif isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            seconds = seconds_in(value)
     if not 0.0 <= seconds <= DURATION_S_MAX:  # refuses NaN too, and compares integers of any size
         raise ValueError(f'expected a duration like "250ms", "30s", "10m", "1h" or "5d", not {value!r:.80}')
     return float(seconds)
@@ -55,7 +57,7 @@ def parse_duration(value: str | float) -> float:
 
 def format_duration(seconds: float) -> str:
     """The shortest text `parse_duration` reads back: "90s" and not "1.5m", "2h" and not "120m"."""
-    for unit, unit_s in _UNITS_S.items():
+    for unit, unit_s in UNITS_S.items():
         count = round(seconds / unit_s, 9)
         if count >= 1 and count == int(count):
             return f"{int(count)}{unit}"

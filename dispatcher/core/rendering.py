@@ -83,7 +83,7 @@ class Payload:
     that of a Chinese text twice the compact one.
     """
 
-    __slots__ = ("_compact", "_python", "_source", "event_id", "type")
+    __slots__ = ("_python", "_source", "compact", "event_id", "type")
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Payload:
         `data` is JSON text as the application wrote it, `created_at` any aware time (printed in UTC, in whole seconds),
         `version` plain text of our own.
         """
-        if _matches_event_id(event_id) is None:
+        if not is_event_id(event_id):
             raise Undeliverable("event id is not 1 to 64 characters of A-Z a-z 0-9 _ -")
         if not is_type(type):
             raise Undeliverable(f"type is not lower-case words joined by dots, at most {TYPE_BYTES_MAX} bytes")
@@ -112,13 +112,13 @@ class Payload:
             "data": None,
         }
         self._source: bytes | None = None  # of what the compact body does not hold exactly
-        self._compact = _bounded(self._parse(_source(data), envelope))
+        self.compact = _bounded(self._parse(_source(data), envelope))  # the body in the default style
         self._python: bytes | None = None
 
     def body(self, style: BodyStyle) -> bytes:
         """Return the bytes to send and to sign: the same object on every call."""
         if style is _COMPACT:
-            return self._compact
+            return self.compact
         if self._python is None:
             self._python = _bounded(self._render_python())
         return self._python
@@ -145,13 +145,13 @@ class Payload:
 
     def _render_python(self) -> bytes:
         # Parsed again rather than kept: thousands of events wait in memory, and a parsed one takes five times the room.
-        envelope = orjson.loads(self._compact)
+        envelope = orjson.loads(self.compact)
         if self._source is not None:
             envelope["data"] = _parse_exactly(self._source)
         return _python_json(envelope).encode("ascii")
 
     def __repr__(self) -> str:
-        return f"<Payload {self.event_id} {self.type}, {len(self._compact)} bytes compact>"
+        return f"<Payload {self.event_id} {self.type}, {len(self.compact)} bytes compact>"
 
 
 def render(
@@ -173,6 +173,11 @@ def check_data(type: str, data: str | bytes) -> None:  # noqa: A002
     The size is that of the compact body under an id of ours.
     """
     Payload(_PROBE_ID, type, _PROBE_TIME, data)
+
+
+def is_event_id(text: str) -> bool:
+    """Tell whether a text can be an event's id: what may stand in a header, in a URL and in JSON as it is."""
+    return _matches_event_id(text) is not None
 
 
 def is_type(text: str) -> bool:

@@ -63,13 +63,13 @@ class _Hmac:
         if len(key) > _BLOCK_BYTES:
             key = hashlib.sha256(key).digest()
         block = key.ljust(_BLOCK_BYTES, b"\0")
-        self._inner = hashlib.sha256(block.translate(_INNER_PAD))
-        self._outer = hashlib.sha256(block.translate(_OUTER_PAD))
+        self._inner = hashlib.sha256(block.translate(_INNER_PAD)).copy
+        self._outer = hashlib.sha256(block.translate(_OUTER_PAD)).copy
 
     def digest(self, message: bytes) -> bytes:
-        inner = self._inner.copy()
+        inner = self._inner()
         inner.update(message)
-        outer = self._outer.copy()
+        outer = self._outer()
         outer.update(inner.digest())
         return outer.digest()
 
@@ -120,10 +120,18 @@ class Signer:
         `timestamp` is the attempt's, in whole Unix seconds. `by_previous` makes the legacy line by the previous secret:
         for the receiver that answered 401 because it has not changed over yet.
         """
-        if self._current is None:
+        current, previous = self._current, self._previous
+        if current is None:
             return b""
-        legacy = self.legacy(body, by_previous=True) if by_previous else self._current.legacy(body)
-        return b"%b%b\r\nwebhook-signature: %b\r\n" % (self._field, legacy, self.standard(event_id, timestamp, body))
+        content = b"%b.%b.%b" % (event_id, timestamp, body)
+        if previous is None and not by_previous:  # the ordinary case first
+            return b"%b%b\r\nwebhook-signature: %b\r\n" % (self._field, current.legacy(body), current.standard(content))
+        legacy = self.legacy(body, by_previous=by_previous)
+        return b"%b%b\r\nwebhook-signature: %b\r\n" % (
+            self._field,
+            legacy,
+            self.standard(event_id, timestamp, body),
+        )
 
     def legacy(self, body: bytes, *, by_previous: bool = False) -> bytes:
         """Return the value of `X-Trackpost-Signature`: 64 lower-case hex digits; empty without a secret."""

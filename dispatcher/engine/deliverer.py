@@ -38,7 +38,16 @@ from dispatcher.core.window import Health
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
 from dispatcher.engine.transport import Released, Transport
 from dispatcher.errors import AddressRefused, Undeliverable
-from dispatcher.model import Attempt, DeliveryKey, DeliveryState, Endpoint, EndpointId, EndpointStatus, Result
+from dispatcher.model import (
+    Attempt,
+    BodyStyle,
+    DeliveryKey,
+    DeliveryState,
+    Endpoint,
+    EndpointId,
+    EndpointStatus,
+    Result,
+)
 from dispatcher.telemetry import Telemetry
 
 PULL_BELOW: Final = 64  # whoever has more than this queued is not asked whether it is hungry
@@ -51,6 +60,7 @@ _RETRYING: Final = DeliveryState.RETRYING.value
 _EXHAUSTED: Final = DeliveryState.EXHAUSTED.value
 _DISCARDED: Final = DeliveryState.DISCARDED.value
 _PENDING: Final = DeliveryState.PENDING.value
+_COMPACT: Final = BodyStyle.COMPACT
 
 
 class Row(Enum):
@@ -59,6 +69,9 @@ class Row(Enum):
     NONE = "none"
     DUE = "due"
     HELD = "held"
+
+
+_NO_ROW: Final = Row.NONE
 
 
 def payload_of(event_id: str, type_: str, created_at: datetime | None, data: str | None) -> Payload:
@@ -73,12 +86,13 @@ def payload_of(event_id: str, type_: str, created_at: datetime | None, data: str
 class Event:
     """One event in memory: where it lies in the outbox, and its payload."""
 
-    __slots__ = ("payload", "seq", "written_at", "xid")
+    __slots__ = ("payload", "seq", "written_at", "written_unix", "xid")
 
     def __init__(self, seq: int, xid: int, written_at: datetime, payload: Payload) -> None:
         self.seq = seq
         self.xid = xid
         self.written_at = written_at
+        self.written_unix = written_at.timestamp()
         self.payload = payload
 
 
@@ -133,7 +147,7 @@ class Subscriber:
 
     __slots__ = (
         "after", "answered_at", "backlog", "behind", "endpoint", "error", "head", "head_key", "held", "lane", "origin",
-        "parks", "resign_at", "signer", "unflushed",
+        "parks", "resign_at", "returned", "signer", "unflushed",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, lane: Lane[Delivery]) -> None:
@@ -151,7 +165,12 @@ class Subscriber:
         self.head_key: DeliveryKey | None = None  # ordered: the failed delivery the others wait for
         self.parks = 0  # times something was parked, ever
         self.unflushed = 0  # parked and not yet in the database
+        self.returned = 0  # ordered: how many of these must be there before a pull sees them in their order
         self.answered_at = 0.0  # loop time of its last result
+
+    def await_order(self) -> None:
+        """Ordered: pull nothing before all that is parked by now is in the database. Something older is among it."""
+        self.returned = self.unflushed
 
     def rewind(self, to: tuple[int, int] = FIRST_KEY) -> None:
         """Pull again from behind `to`: something was put there."""
@@ -186,7 +205,7 @@ class Deliverer:
         self.rows: set[DeliveryKey] = set()  # in memory, and in a pending row too
         self.taken = 0  # deliveries taken over, ever
         self.passed_on = 0  # of these, to the ledger or back
-        self.in_flight: set[Delivery] = set()
+        self.in_flight: dict[Delivery, None] = {}  # in the order they went out
         self.running = False  # False: nothing new goes out
         self.on_hungry: Callable[[Subscriber], None] = lambda subscriber: None
         self.on_dismissed: Callable[[int], None] = lambda endpoint_id: None
@@ -375,15 +394,20 @@ class Deliverer:
         self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, due, error)
 
     def _put_back(self, deliveries: Iterable[Delivery]) -> None:
+        """Hold what was queued. Younger ones may have been parked before, in a batch that commits before this one."""
         for delivery in deliveries:
             self.park(delivery)
+            subscriber = delivery.subscriber
+            subscriber.await_order()
+            subscriber.rewind((delivery.event.seq, delivery.generation - 1))
 
     def discard(self, delivery: Delivery, reason: str) -> None:
         """Settle a delivery that will never be sent, without an attempt."""
         self.passed_on += 1
         self._ledger.attempt(delivery, None, _DISCARDED, delivery.attempts, reason)
         self._telemetry.deliveries[_DISCARDED] += 1
-        self._settled(delivery)
+        if delivery.row is not _NO_ROW:
+            self._ledger.settled(delivery)
 
     # ── out ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -395,7 +419,7 @@ class Deliverer:
         while (turn := lanes.next(now)) is not None:
             lane, delivery = turn
             delivery.era = lane.window.generation
-            self.in_flight.add(delivery)
+            self.in_flight[delivery] = None
             self._send(delivery)
         wake = lanes.next_wake()
         if wake is not None and (self._timer is None or wake < self._timer.when()):
@@ -413,22 +437,27 @@ class Deliverer:
         if subscriber.origin is None:
             self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=subscriber.error))
             return
-        payload = delivery.event.payload
-        try:
-            body = payload.body(endpoint.body_style)
-        except Undeliverable as error:
-            self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=str(error)))
-            return
-        wall = self._wall()
+        event = delivery.event
+        payload = event.payload
+        if endpoint.body_style is _COMPACT:
+            body = payload.compact
+        else:
+            try:
+                body = payload.body(endpoint.body_style)
+            except Undeliverable as error:
+                self._loop.call_soon(self._done, delivery, Attempt(Result.BLOCKED, error=str(error)))
+                return
+        delivery.sent_wall = wall = self._wall()
         if wall >= subscriber.resign_at:
             self._equip(subscriber)
-        delivery.sent_wall = wall
         event_id, timestamp = payload.event_id.encode(), b"%d" % wall
-        signed = subscriber.signer.headers(event_id, timestamp, body, by_previous=delivery.other_secret)
+        signer = subscriber.signer  # the grace may have ended with the answer that asked for the other secret
+        by_previous = delivery.other_secret and signer.is_rotating
+        signed = signer.headers(event_id, timestamp, body, by_previous=by_previous)
         request = self._fields % (
             subscriber.head,
             payload.type.encode(),
-            self._ids.id_of(endpoint.id, delivery.event.seq, delivery.generation).encode(),
+            self._ids.id_of(endpoint.id, event.seq, delivery.generation).encode(),
             delivery.attempts + 1,
             event_id,
             timestamp,
@@ -450,10 +479,10 @@ class Deliverer:
             delivery.other_secret = True  # a rotation under way: the other secret, at once, not counted
             self._send(delivery)
             return
-        self.in_flight.remove(delivery)
+        del self.in_flight[delivery]
         self.passed_on += 1
         subscriber.answered_at = now
-        outcome = RELEASED if isinstance(attempt, Released) else judge(attempt.result, attempt.status)
+        outcome = RELEASED if type(attempt) is Released else judge(attempt.result, attempt.status)
         self._settle(delivery, attempt, outcome)
         dead = self.lanes.done(lane, outcome.signal, delivery.era, now, self._dead_delay_s)
         if dead is not None:
@@ -478,13 +507,14 @@ class Deliverer:
         if verdict is Verdict.RELEASE:
             self._release(delivery)
             return
+        duration_s = attempt.duration_s
         telemetry.attempts[attempt.result] += 1
-        telemetry.attempt_duration.observe(attempt.duration_s)
+        telemetry.attempt_duration.observe(duration_s)
         subscriber = delivery.subscriber
-        subscriber.lane.observe(attempt.duration_s)
+        subscriber.lane.observe(duration_s)
         number = delivery.attempts + 1
         if number == 1 and attempt.sent_at and not delivery.generation:  # a replay's age says nothing of us
-            telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - delivery.event.written_at.timestamp()))
+            telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - delivery.event.written_unix))
         if verdict is Verdict.DELIVERED:
             state = _DELIVERED
             subscriber.error = None
@@ -501,8 +531,8 @@ class Deliverer:
         # What a webhook makes of our own news teaches nothing: there would be news of news without end.
         if delivery.event.payload.type not in OWN_TYPES:
             self._ledger.learn(subscriber.endpoint, state, subscriber.error)
-        if state is not _RETRYING:
-            self._settled(delivery)
+        if state is not _RETRYING and delivery.row is not _NO_ROW:
+            self._ledger.settled(delivery)
 
     def _retry(self, delivery: Delivery, attempt: Attempt, outcome: Outcome, number: int) -> str:
         """Plan the next attempt; return the delivery's state."""
@@ -535,10 +565,6 @@ class Deliverer:
         self._write_row(delivery, due)
         if delivery.subscriber.endpoint.ordered:
             self._wait_for(delivery)
-
-    def _settled(self, delivery: Delivery) -> None:
-        if delivery.row is not Row.NONE:
-            self._ledger.settled(delivery)
 
     # ── what holds the cursor, and what ends ───────────────────────────────────────────────────────────────────────
 

@@ -37,7 +37,7 @@ from dispatcher.engine.retries import Retries
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
 from dispatcher.model import EndpointStatus
-from dispatcher.store.database import TROUBLE, check_schema, connect, statements
+from dispatcher.store.database import TROUBLE, check_schema, close, connect, raise_if_cancelled, statements
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.outbox import CLOCK_SLACK
 from dispatcher.store.pending import PendingStore
@@ -56,6 +56,7 @@ GRACE_S: Final = 10.0  # behind a straggler's deadline
 GAUGES_S: Final = 1.0
 SWEEP_S: Final = 30.0
 RETENTION_S: Final = 600.0
+CLOSE_S: Final = 5.0
 WORST: Final = 10
 
 log = structlog.get_logger("dispatcher.engine")
@@ -114,6 +115,8 @@ class Engine:
         self._oldest_pending_at: datetime | None = None
         self._newest_seq = 0
         self._statuses = NO_ENDPOINTS
+        self._instances: dict[str, int] = {}
+        self._partitions_until: dict[str, float] = {}
         self.telemetry = Telemetry()
         lanes: Lanes[Delivery] = Lanes(
             queued_max=settings.max_queued,
@@ -121,7 +124,7 @@ class Engine:
             retries_queued_max=settings.max_queued // RETRIES_SHARE,
             in_flight_max=settings.max_in_flight,
         )
-        self.ledger = Ledger(self.telemetry, loop, buffered_max=BUFFERED_MAX)
+        self.ledger = Ledger(self.telemetry, loop, buffered_max=BUFFERED_MAX, wall=wall)
         self.ledger.disable_after_s = settings.disable_after_s
         self.deliverer = Deliverer(
             lanes=lanes,
@@ -374,10 +377,14 @@ class Engine:
                 gauges_at = now + GAUGES_S
                 async with lock:
                     row = await connection.fetchrow(statements("shard")["gauges"])
-                self._newest_seq, self._oldest_pending_at = row
+                self._newest_seq, self._oldest_pending_at, active, standby = row
+                self._instances = {"active": active, "standby": standby}
             if now >= sweep_at:
                 sweep_at = now + SWEEP_S
                 self.deliverer.sweep()
+                async with lock:
+                    rows = await connection.fetch(statements("shard")["partitions_until"])
+                self._partitions_until = dict(rows)
 
     def _free_cursor(self, oldest_at: float | None, now: float) -> None:
         """Write pending rows for what has held the cursor for too long."""
@@ -397,8 +404,9 @@ class Engine:
                 try:
                     await Retention(connection, settings.events_kept_s, settings.attempts_kept_s).run()
                 finally:
-                    await connection.close(timeout=5)
+                    await close(connection, CLOSE_S)
             except (DatabaseUnreachable, *TROUBLE) as error:
+                raise_if_cancelled()
                 log.warning("retention.failed", reason=str(error), retry_in_s=RETENTION_S)
             await asyncio.sleep(RETENTION_S)
             settings = self.settings
@@ -411,14 +419,16 @@ class Engine:
         lanes, now = deliverer.lanes, self._loop.time()
         wall = datetime.fromtimestamp(self._wall(), UTC)
         active = self.role == "active" and reader is not None and retries is not None
+        moved_at = self.instance.waited_at
+        if active and reader and retries:
+            moved_at = min(reader.progress_at, retries.progress_at)
         behind = reader.read_to if active and reader else None
         oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
         return Snapshot(
             role=self.role,
             database=self.database,
-            progress_age_s=(
-                max(0.0, now - min(reader.progress_at, retries.progress_at)) if active and reader and retries else 0.0
-            ),
+            database_losses=self.losses,
+            progress_age_s=max(0.0, now - moved_at) if moved_at is not None else 0.0,
             at_unix_s=self._wall(),
             events=t.events,
             deliveries=dict(t.deliveries),
@@ -439,6 +449,8 @@ class Engine:
             lanes={health.value: n for health, n in lanes.healths.items()},
             connections=self._transport.count_connections(),
             event_loop_lag_s=t.loop_lag_s,
+            instances=dict(self._instances) if active else {},
+            partitions_until_unix_s=dict(self._partitions_until) if active else {},
             worst=[
                 TroubledEndpoint(
                     s.endpoint.public_id,

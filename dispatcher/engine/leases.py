@@ -21,7 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from dispatcher import __version__
-from dispatcher.store.database import connect, statements
+from dispatcher.store.database import close, connect, statements
 from dispatcher.store.shard import ShardStore
 from dispatcher.telemetry import Snapshot, Telemetry
 
@@ -30,6 +30,7 @@ REGISTRY: Final = "dispatcher_registry"
 PENDING: Final = "dispatcher_pending"  # somebody else wrote held rows for a webhook, or began a replay
 TRY_S: Final = (0.5, 1.0)
 HEARTBEAT_S: Final = 1.0
+CLOSE_S: Final = 2.0
 
 
 class Instance:
@@ -37,6 +38,7 @@ class Instance:
 
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
         self.id = f"{socket.gethostname()}:{os.getpid()}"
+        self.waited_at: float | None = None  # loop time of a standby's last try for the lease; None while it is none
         self._started_at = datetime.now(UTC)
         self._snapshot = snapshot
 
@@ -89,12 +91,17 @@ class Listener:
         await shard.system()  # raises on a read-only server: no lease is worth having there
         low, high = TRY_S
         told = False
-        while not await shard.try_lease():
-            if not told:
-                told = True
-                standby()
-            await self._instance.beat(self.connection, "standby")
-            await asyncio.sleep(self._dice.uniform(low, high))
+        loop = asyncio.get_running_loop()
+        try:
+            while not await shard.try_lease():
+                if not told:
+                    told = True
+                    standby()
+                self._instance.waited_at = loop.time()
+                await self._instance.beat(self.connection, "standby")
+                await asyncio.sleep(self._dice.uniform(low, high))
+        finally:
+            self._instance.waited_at = None
 
     async def run(self) -> None:
         """Beat until cancelled; raises when the connection, and with it the lease, is gone."""
@@ -109,8 +116,9 @@ class Listener:
         if connection is None:
             return
         try:
-            if leave and not connection.is_closed():
-                await self._instance.leave(connection)
-            await connection.close(timeout=2)
+            async with asyncio.timeout(CLOSE_S):
+                if leave and not connection.is_closed():
+                    await self._instance.leave(connection)
         except Exception:  # noqa: BLE001  whatever state it is in, it ends here
             connection.terminate()
+        await close(connection, CLOSE_S)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -84,9 +85,17 @@ class Committed:
 class Ledger:
     """Collects outcomes and writes them down in batches."""
 
-    def __init__(self, telemetry: Telemetry, loop: asyncio.AbstractEventLoop, *, buffered_max: int) -> None:
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        buffered_max: int,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         self._telemetry = telemetry
         self._loop = loop
+        self._wall = wall
         self._buffered_max = buffered_max
         self._open = _Open()
         self._doubt: tuple[Batch, _Open] | None = None  # sent, and nobody knows whether it arrived
@@ -124,13 +133,17 @@ class Ledger:
             )  # fmt: skip
         else:
             row = (
-                event.seq, event.xid, endpoint_id, delivery.generation, number, state, attempt.result.value,
-                attempt.status or None, min(int(attempt.duration_s * 1e6), DURATION_US_MAX), _storable(error),
-                attempt.head, attempt.body,
+                event.seq, event.xid, endpoint_id, delivery.generation, number, state, attempt.result,
+                attempt.status or None, min(int(attempt.duration_s * 1e6), DURATION_US_MAX),
+                error and _storable(error), attempt.head, attempt.body,
             )  # fmt: skip
-        self._open.attempts.append(row)
-        self._resolve(delivery)
-        self._arm()
+        opened = self._open
+        opened.attempts.append(row)
+        if delivery.page is not None:
+            opened.pages.append(delivery.page)
+            delivery.page = None
+        if not self._urgent or len(opened.attempts) >= BATCH_ROWS_MAX:
+            self._arm()
 
     def pending(
         self, delivery: Delivery, state: str, due: datetime, error: str | None, *, straggler: bool = False
@@ -184,7 +197,7 @@ class Ledger:
                 return
             new = EndpointHealth(endpoint.id, None, None, None)
         else:
-            now = datetime.now(UTC)
+            now = datetime.fromtimestamp(self._wall(), UTC)
             since = old.failing_since if old and old.failing_since else now
             if self.disable_after_s is not None and (now - since).total_seconds() >= self.disable_after_s:
                 self.disable(endpoint.id, f"nothing but failures since {since:%Y-%m-%dT%H:%M:%SZ}: {_storable(error)}")
@@ -283,6 +296,7 @@ class Ledger:
         self._written = batch.cursor or self._written
         for subscriber, seq, generation in opened.parked:
             subscriber.unflushed -= 1
+            subscriber.returned = max(0, subscriber.returned - 1)
             subscriber.rewind((seq, generation - 1))
         due = [(key, row[7]) for key, row in opened.pending.items() if row[7] is not HELD_UNTIL]
         parked = list({id(parked[0]): parked[0] for parked in opened.parked}.values()) if opened.parked else []

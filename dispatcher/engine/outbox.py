@@ -9,8 +9,8 @@ webhook whose creation committed before an event committed receives it, and an e
 webhook's creation is none of its business: the endpoint remembers the snapshot it was born in.
 
 **Rule, waking.** Asleep means holding a shared advisory lock; a producer's trigger notifies only then. Under light
-load the reader stays asleep and is told of every commit; when events come faster than POLL_S it wakes, lets go of the
-lock and polls.
+load the reader stays asleep and is told of every commit; when events come fast, or from several producers at once, it
+wakes, lets go of the lock and polls.
 
 **Falling asleep without losing a wake-up.** A producer may probe the lock at its INSERT, find everybody awake, stay
 silent and commit after our last poll. So: linger; take the lock; take an own transaction id X as barrier; poll until
@@ -29,6 +29,7 @@ cursor anchored anew.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -42,7 +43,7 @@ from dispatcher.engine.ledger import Ledger
 from dispatcher.errors import Undeliverable
 from dispatcher.model import Endpoint
 from dispatcher.store.database import statements
-from dispatcher.store.outbox import BEGINNING, Cursor, OutboxPages, Page
+from dispatcher.store.outbox import BEGINNING, Cursor, OutboxPages, Page, Snapshot
 from dispatcher.telemetry import Telemetry
 
 PAGE_ROWS: Final = 500  # 5 ms of routing at a fan-out of one: what a first attempt may wait behind
@@ -53,6 +54,10 @@ POLL_S: Final = 0.002  # while awake
 POLL_BUSY_S: Final = 0.005  # above BUSY_ROWS_PER_S: fewer, fuller pages
 BUSY_ROWS_PER_S: Final = 5000
 AWAKE_ROWS_PER_S: Final = 1000  # faster than this, polling is cheaper than being told, for us and for the producers
+# While we sleep, producers notify, and so commit one after the other: what they could do awake cannot be seen in their
+# rate. It shows in how many transactions are open at once when something arrives.
+CROWD_OF_WRITERS: Final = 3
+CROWD_S: Final = 1.0
 RATE_WINDOW_S: Final = 0.05
 LINGER_S: Final = 0.03
 GENTLE_S: Final = 0.03
@@ -61,6 +66,7 @@ ROOM_S: Final = 0.002
 FAST_LANE_S: Final = 5.0  # a queue that is done within this is waited for, not spilled: half of all at 2,000/s
 STALLED_S: Final = 1.0  # what has stood still for so long is not fast any more, whatever it was
 FAST_LANE_PATIENCE_S: Final = 0.05
+CROWD_MIN: Final = 64  # no lane with fewer in its queue can be full
 CURSOR_EVERY_S: Final = 60.0
 
 
@@ -108,6 +114,7 @@ class OutboxReader:
         self._window_from = self._loop.time()
         self._window_rows = 0
         self._rate = 0.0
+        self._crowded_at = -math.inf
 
     # ── the cursor ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -157,7 +164,7 @@ class OutboxReader:
                 self.read_seq = max(self.read_seq, page.rows[-1][3])
             if page.complete:
                 self.recovering = self.recovering and not began_here
-                await self._pace(len(page.rows), page.after.prev[0])
+                await self._pace(len(page.rows), page.after.prev)
 
     def _advance(self, cursor: Cursor) -> None:
         """Nothing is open: the cursor may follow, but need not be written at every poll."""
@@ -189,7 +196,8 @@ class OutboxReader:
     async def _room(self) -> None:
         """Back-pressure: wait until the engine can hold another page."""
         while not self.stopping and self._is_full():
-            self.progress_at = self._loop.time()
+            if not self._ledger.full:  # endpoints may be slow for as long as they like; our own ledger may not
+                self.progress_at = self._loop.time()
             if self.registry_changed:
                 await self.reload()
             if not self._ledger.full:
@@ -221,14 +229,19 @@ class OutboxReader:
             known = await self._known(pairs)
             pairs = [pair for pair in pairs if (pair[1].id, pair[0].seq) not in known] if known else pairs
         deliverer = self._deliverer
+        # Half of all room is free now, so that no short lane can be full, unless the room is no more than some pages.
+        crowd = CROWD_MIN if deliverer.lanes.queued_max > 8 * self._page_rows else 0
+        opened.left += len(pairs)
         for event, endpoint in pairs:
             subscriber = deliverer.subscriber(endpoint)
-            if self._crowded(subscriber):
+            if len(subscriber.lane.todo) >= crowd and self._crowded(subscriber):
                 await self._wait_for_lane(subscriber)
                 subscriber = deliverer.subscriber(endpoint)
-            opened.left += 1
             deliverer.offer(Delivery(event, subscriber, opened))
         self._telemetry.read += len(pairs)
+        if self.recovering:  # what is held already may be younger than what is read again
+            for _, endpoint in pairs:
+                deliverer.subscriber(endpoint).await_order()
         opened.left -= 1
         if opened.left == 0:
             self._ledger.touch()
@@ -312,21 +325,24 @@ class OutboxReader:
 
     # ── awake and asleep ───────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _pace(self, rows: int, xmin: int) -> None:
+    async def _pace(self, rows: int, snapshot: Snapshot) -> None:
         """After a whole difference: wait for the next, as long as it is worth waiting."""
         now = self._loop.time()
         if rows:
             self._idle_since = now
+            if len(snapshot[2]) >= CROWD_OF_WRITERS:
+                self._crowded_at = now
         self._measure(now, rows)
+        stays_awake = self._rate >= AWAKE_ROWS_PER_S or now - self._crowded_at < CROWD_S
         if not self._asleep:
-            if now - self._idle_since > LINGER_S and self._rate < AWAKE_ROWS_PER_S:
+            if now - self._idle_since > LINGER_S and not stays_awake:
                 await self._fall_asleep()
             else:
                 await asyncio.sleep(POLL_BUSY_S if self._rate > BUSY_ROWS_PER_S else POLL_S)
             return
-        if self._barrier and xmin > self._barrier:
+        if self._barrier and snapshot[0] > self._barrier:
             self._barrier = 0
-        if self._rate >= AWAKE_ROWS_PER_S:
+        if stays_awake:
             await self._wake_up()
             return
         low, high = self._safety_s

@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from dispatcher.errors import DatabaseUnreachable
-from dispatcher.store.database import TROUBLE, connect
+from dispatcher.store.database import TROUBLE, connect, raise_if_cancelled
 from dispatcher.store.replays import ReplayStore
 
 STEP_S: Final = 0.25  # between two rounds: a step makes 500 deliveries, so 2000 a second for each job
@@ -39,11 +39,17 @@ class Replays:
             self._wake.clear()
             try:
                 connection = await connect(self._dsn, name="dispatcher replays", engine=True)
+                steps = asyncio.create_task(self._work(ReplayStore(connection)), name="replay steps")
                 try:
-                    await self._work(ReplayStore(connection))
+                    await asyncio.wait((steps,))
+                    steps.result()
                 finally:
+                    # Before the task is cancelled: its ROLLBACK would wait for ever on a dead network.
                     connection.terminate()
+                    steps.cancel()
+                    steps.add_done_callback(_hear)
             except (DatabaseUnreachable, *TROUBLE) as error:
+                raise_if_cancelled()
                 log.warning("replays.failed", reason=str(error) or type(error).__name__, retry_in_s=SAFETY_S)
             try:
                 async with asyncio.timeout(SAFETY_S):
@@ -57,3 +63,9 @@ class Replays:
             for job in jobs:
                 await replays.step(job)
             await asyncio.sleep(STEP_S)
+
+
+def _hear(steps: asyncio.Task[None]) -> None:
+    """Take note of how it ended: it was cut off, so any way will do."""
+    if not steps.cancelled():
+        steps.exception()

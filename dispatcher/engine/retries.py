@@ -115,7 +115,10 @@ class Retries:
                 subscriber.head_key = None  # settled, or held like the others: the oldest is next
                 self.hungry(subscriber)
         for subscriber in committed.parked:
-            self.hungry(subscriber)
+            if subscribers.get(subscriber.endpoint.id) is subscriber:
+                self.hungry(subscriber)
+            else:  # dismissed while its rows were on their way
+                self.orphaned(subscriber.endpoint.id)
         for key, due in committed.due:
             self._wait(key, due)
         self._deliverer.pump()  # it may have stopped because the ledger was full
@@ -150,7 +153,10 @@ class Retries:
             return
         subscriber = self._deliverer.subscriber(endpoint)
         subscriber.held = subscriber.backlog = True
-        subscriber.head_key = head if endpoint.ordered else None
+        if not endpoint.ordered:
+            subscriber.head_key = None
+        elif subscriber.head_key not in self._deliverer.rows:  # else it failed just now: the database has yet to hear
+            subscriber.head_key = head
         subscriber.rewind()
         self.hungry(subscriber)
 
@@ -270,7 +276,9 @@ class Retries:
         lane, window = subscriber.lane, subscriber.lane.window
         if not subscriber.held or lane.paused:
             return 0
-        if subscriber.head_key is not None or (subscriber.endpoint.ordered and self._recovering()):
+        if subscriber.head_key is not None:
+            return 0
+        if subscriber.endpoint.ordered and (subscriber.returned or self._recovering()):
             return 0
         if window.health is Health.DEAD:
             return PROBE_ROWS if self._loop.time() >= window.dead_until else 0
@@ -379,27 +387,34 @@ class Retries:
 
     async def _bury(self) -> None:
         """Discard what is held for webhooks that are gone or disabled, a bounded step at a time."""
-        for endpoint_id in list(self._orphans):
-            endpoint = self._registry().by_id(EndpointId(endpoint_id))
-            if endpoint is not None and endpoint.status is not EndpointStatus.DISABLED:
-                del self._orphans[endpoint_id]
-                self._adopt(endpoint_id, None)  # resumed meanwhile: what is left of it is held
+        back = [endpoint_id for endpoint_id in self._orphans if self._is_alive(endpoint_id)]
+        heads = await self._pending.heads() if back else {}
+        for endpoint_id in back:  # resumed meanwhile: what is left of it is held
+            self._orphans.pop(endpoint_id, None)
+            self._adopt(endpoint_id, heads.get(endpoint_id))
         positions = [(endpoint_id, *after, ORPHAN_ROWS) for endpoint_id, after in list(self._orphans.items())[:4]]
         if not positions:
             return
+        for endpoint_id, _, _, _ in positions:
+            del self._orphans[endpoint_id]  # whoever finds another one meanwhile puts it back
+        self._gone = set()
         rows = await self._pending.pull(positions)
         for endpoint_id, _, _, _ in positions:
             own = [row for row in rows if row[0] == endpoint_id]
             for row in own:
                 key = (row[0], row[1], row[2])
-                if key not in self._deliverer.rows and not self._has_left(key):
+                if self._has_left(key):
+                    self._orphans[endpoint_id] = FIRST_KEY  # written again while we looked: look again
+                elif key not in self._deliverer.rows:
                     self._bury_row(row, "the webhook is gone or disabled")
-            if len(own) < ORPHAN_ROWS:
-                del self._orphans[endpoint_id]
-            else:
-                self._orphans[endpoint_id] = (own[-1][1], own[-1][2])
+            if len(own) == ORPHAN_ROWS:
+                self._orphans.setdefault(endpoint_id, (own[-1][1], own[-1][2]))
         if self._orphans:
             self._wake.set()
+
+    def _is_alive(self, endpoint_id: int) -> bool:
+        endpoint = self._registry().by_id(EndpointId(endpoint_id))
+        return endpoint is not None and endpoint.status is not EndpointStatus.DISABLED
 
     def orphaned(self, endpoint_id: int) -> None:
         """A webhook was deleted or disabled: what is held for it goes."""

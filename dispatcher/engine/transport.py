@@ -63,6 +63,7 @@ DIALS_PER_ORIGIN_MAX: Final = 8
 _END: Final = b"\r\n\r\n"
 _BY_CLASS: Final = {2: Result.OK, 3: Result.REDIRECT, 4: Result.CLIENT_ERROR, 5: Result.SERVER_ERROR}
 _RESULTS: Final = tuple(_BY_CLASS.get(status // 100, Result.PROTOCOL) for status in range(1000))
+_OK: Final = Result.OK
 _deadline: Final = attrgetter("deadline")
 
 
@@ -306,7 +307,7 @@ class Connection(asyncio.Protocol):
         if self._complete:
             return
         status = self._parser.get_status_code()  # type: ignore[union-attr]
-        if status < 200 and status != 101:  # which would be final, had anybody asked for another protocol
+        if 100 <= status < 200 and status != 101:  # which would be final, had anybody asked for another protocol
             self._interims += 1
         else:
             self._status = status
@@ -332,19 +333,16 @@ class Connection(asyncio.Protocol):
         origin = self._origin
         now = origin.time()
         result = _RESULTS[status]
+        retry_after = None if result is _OK else _field(self._head(), b"retry-after")
         attempt = Attempt(
-            result,
-            status=status,
-            retry_after=None if result is Result.OK else _field(self._head(), b"retry-after"),
-            head=head,
-            body=self._body,
-            sent_at=self._sent_at,
-            duration_s=now - request.submitted_at,
+            result, status, None, retry_after, head, self._body, self._sent_at, now - request.submitted_at
         )
         self._request = None
         if self._keep_alive and not self._surplus and not self._paused:
             self._reused = True
-            self._reset()
+            self._raw = self._body = b""  # as in _reset; what stays is as it was
+            self._received = self._interims = self._status = 0
+            self._complete = False
             if origin.waiting or origin.closed:
                 origin.take_back(self, now)
             else:
@@ -491,7 +489,7 @@ class Origin:
     def close(self) -> None:
         """The endpoint is gone, or its URL is another: close what is idle now, and what is active when it is done."""
         self.closed = True
-        self.client.origins.discard(self)
+        self.client.origins.pop(self, None)
         for connection in list(self.idle):
             connection.retire()
         for dial in self.dials[len(self.waiting) :]:
@@ -591,8 +589,8 @@ class Transport:
         self.loop = loop or asyncio.get_running_loop()
         self.time = self.loop.time
         self.attempts = 0
-        self.origins: set[Origin] = set()
-        self.connections: set[Connection] = set()
+        self.origins: dict[Origin, None] = {}
+        self.connections: dict[Connection, None] = {}  # in the order they were opened
         self._resolver = resolver or DnsResolver(self.loop)
         self._dialer = Dialer(
             guard=guard,
@@ -618,7 +616,7 @@ class Transport:
         origin = Origin(self, target)
         origin.closed = self._closed
         if not self._closed:
-            self.origins.add(origin)
+            self.origins[origin] = None
         return origin
 
     def use_guard(self, guard: Guard) -> None:
@@ -676,11 +674,11 @@ class Transport:
     def opened(self, connection: Connection) -> None:
         """`connection` is there."""
         if not self._released:  # else its dial was given up at the last moment, and the dialer will close it
-            self.connections.add(connection)
+            self.connections[connection] = None
 
     def lost(self, connection: Connection) -> None:
         """`connection` is gone."""
-        self.connections.discard(connection)
+        self.connections.pop(connection, None)
         self._note_quiet()
 
     # Dials.
@@ -721,9 +719,9 @@ class Transport:
         self.want_dial(origin)
         self._note_quiet()
 
-    def _short_origins(self) -> set[Origin]:
+    def _short_origins(self) -> dict[Origin, None]:
         """The origins that may have requests waiting: such an origin dials or is queued for it."""
-        return {*self._dials.values(), *self._dial_queue}
+        return dict.fromkeys((*self._dials.values(), *self._dial_queue))
 
     # The clock. It runs while there is a connection or a dial, and costs 20 ns a connection and tick.
 

@@ -46,6 +46,7 @@ _ENGINE_SETTINGS: Final = {
     "enable_sort": "off",
     # A lost host is noticed by the server too, so that its session locks (the lease among them) come free.
     "client_connection_check_interval": "500ms",
+    "idle_session_timeout": "0",  # an engine with nothing to write is not gone
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
@@ -53,6 +54,13 @@ _ENGINE_SETTINGS: Final = {
 _SETTINGS: Final = {"jit": "off", "timezone": "UTC", "search_path": "pg_catalog, pg_temp"}
 
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+
+
+def raise_if_cancelled() -> None:
+    """For loops that survive TROUBLE: end if the task was cancelled, and a clean-up's failure took its place."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 @functools.cache
@@ -94,6 +102,18 @@ async def connect(dsn: str, *, name: str, engine: bool = False, settings: Mappin
         )
     except (*TROUBLE, ValueError) as error:
         raise DatabaseUnreachable(f"cannot connect to PostgreSQL at {place(dsn)}: {_explain(error)}") from error
+
+
+async def close(connection: Any, timeout_s: float) -> None:
+    """End a connection: politely if that can be done within `timeout_s`, else at once. Raises nothing of its own.
+
+    asyncpg's own timeout begins only when a cancelled statement has ended, which on a dead network it does not.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await connection.close()
+    except Exception:  # noqa: BLE001  whatever state it is in, it ends here
+        connection.terminate()
 
 
 async def open_pool(dsn: str, *, size: int, name: str = "dispatcher web") -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UnsetType
 
-from dispatcher.model import AccountId, BodyStyle, Endpoint, EndpointId, EndpointStatus, new_id
+from dispatcher.model import AccountId, BodyStyle, Discreet, Endpoint, EndpointId, EndpointStatus, new_id
 from dispatcher.store.database import statements
 from dispatcher.store.vault import Vault
 
@@ -39,7 +39,7 @@ class EndpointHealth:
     last_error: str | None
 
 
-class EndpointRecord(msgspec.Struct, frozen=True, kw_only=True):
+class EndpointRecord(Discreet, msgspec.Struct, frozen=True, kw_only=True):
     """A webhook as its owner set it: None means the configured default. The secret is not here."""
 
     id: str
@@ -64,7 +64,7 @@ class EndpointRecord(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None = None
 
 
-class EndpointChange(msgspec.Struct, frozen=True, kw_only=True):
+class EndpointChange(Discreet, msgspec.Struct, frozen=True, kw_only=True):
     """Every setting of a webhook, to be written as a whole."""
 
     url: str

@@ -58,12 +58,12 @@ class ReplayStatus(StrEnum):
 
     RUNNING = "running"
     DONE = "done"
-    CANCELLED = "cancelled"  # its webhook was disabled
+    CANCELLED = "cancelled"  # by its owner, or because its webhook was disabled
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Which events: `types` narrows what the webhook asks for; None narrows nothing."""
+    """Which events: `types`, filters like a webhook's, narrows what the webhook asks for; None narrows nothing."""
 
     selection: Selection
     since: datetime
@@ -128,13 +128,22 @@ class ReplayStore:
         row = await self._db.fetchrow(self._sql["get"], endpoint_id, job_id)
         return None if row is None else _record(row)
 
-    async def recent(self, endpoint_id: int, limit: int) -> list[ReplayRecord]:
-        """A webhook's latest replays, the newest first."""
-        return [_record(row) for row in await self._db.fetch(self._sql["recent"], endpoint_id, limit)]
+    async def browse(
+        self, endpoint_id: int, *, limit: int, after: str | None = None, before: str | None = None
+    ) -> list[ReplayRecord]:
+        """Newest first: those older than `after`, or the nearest ones newer than `before`; `limit` at most."""
+        if before is not None:
+            rows = await self._db.fetch(self._sql["list_before"], endpoint_id, before, limit)
+            return [_record(row) for row in reversed(rows)]
+        rows = await self._db.fetch(self._sql["list_after"], endpoint_id, after or "~", limit)
+        return [_record(row) for row in rows]
 
-    async def stop(self, endpoint_id: int, job_id: str, reason: str) -> ReplayRecord | None:
-        """End a replay that is under way; what it has queued stays queued. None if there is none, or no longer."""
-        row = await self._db.fetchrow(self._sql["stop"], endpoint_id, job_id, reason)
+    async def cancel(self, endpoint_id: int, job_id: str, reason: str) -> ReplayRecord | None:
+        """Stop a replay and take back what it queued and the engine does not hold already. Where there was neither
+        anything to stop nor to take back, it stays as it is. None if the webhook has no such.
+        """
+        await self._db.execute(self._sql["stop"], endpoint_id, job_id, reason)
+        row = await self._db.fetchrow(self._sql["unqueue"], endpoint_id, job_id, reason)
         return None if row is None else _record(row)
 
     async def preview(self, endpoint_id: int, choice: Choice) -> ReplayPreview | None:

@@ -37,17 +37,18 @@ class Retention:
         self._sql = statements("retention")
 
     async def run(self) -> list[str]:
-        """Make and drop partitions; return the names of those dropped."""
+        """Make and drop partitions; return the names of those dropped.
+
+        Whatever it raises, nothing is cleaned up behind it: the connection is to be closed then.
+        """
         await self._connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
-        try:
-            dropped: list[str] = []
-            for table in self._kept:
-                await self._make_ahead(table)
-                dropped += await self._drop_old(table)
-            await self._prune_rows()
-            return dropped
-        finally:
-            await self._connection.execute("RESET lock_timeout")
+        dropped: list[str] = []
+        for table in self._kept:
+            await self._make_ahead(table)
+            dropped += await self._drop_old(table)
+        await self._prune_rows()
+        await self._connection.execute("RESET lock_timeout")
+        return dropped
 
     async def _make_ahead(self, table: str) -> None:
         try:
@@ -70,11 +71,10 @@ class Retention:
                 await self._connection.execute(f'DROP TABLE dispatcher."{name}"')
             except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError, asyncpg.UndefinedTableError) as error:
                 log.info("partition.later", name=name, reason=str(error))
-                continue
-            finally:
-                await self._connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
-            dropped.append(name)
-            log.info("partition.dropped", name=name)
+            else:
+                dropped.append(name)
+                log.info("partition.dropped", name=name)
+            await self._connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         return dropped
 
     async def _limit(self, table: str) -> datetime:

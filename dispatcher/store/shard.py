@@ -61,6 +61,12 @@ def _columns(rows: list[Any], width: int) -> list[tuple[Any, ...]]:
     return list(zip(*rows, strict=True)) if rows else _NOTHING[width]
 
 
+def _shortened(columns: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """What is the same in every row once: asyncpg spends 0.2 µs on each element it encodes."""
+    key, *rest = columns
+    return [key, *(column[:1] if column.count(column[0]) == len(column) else column for column in rest)]
+
+
 class ShardStore:
     """One shard, over a connection of the engine."""
 
@@ -117,7 +123,7 @@ class ShardStore:
                 epoch,
                 batch.number,
                 *where,
-                *_columns(batch.attempts, 12),
+                *(_shortened(_columns(batch.attempts, 12)) if batch.attempts else _NOTHING[12]),
                 *_columns(batch.pending, 9),
                 *_columns(batch.settled, 3),
                 *_columns(batch.discarded, 2),

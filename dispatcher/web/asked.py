@@ -9,6 +9,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
+from dispatcher.web.answers import no_query
 from dispatcher.web.bodies import Check, read_body
 from dispatcher.web.problems import FieldError, invalid
 
@@ -33,6 +34,16 @@ def moments(filters: Mapping[str, str], *names: str) -> dict[str, datetime | Non
     if wrong:
         raise invalid([FieldError(name, f"expected {A_MOMENT}") for name in wrong])
     return found
+
+
+class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
+    """A body in which nothing can stand."""
+
+
+async def nothing_said(request: web.Request) -> None:
+    """Refuse parameters and members of a body, since none has a meaning. Raises Problem."""
+    no_query(request)
+    await read_optional_body(request, _Nothing)
 
 
 async def read_optional_body(request: web.Request, kind: type[T], checks: Mapping[str, Check] | None = None) -> T:

@@ -145,7 +145,8 @@ def _first_not_text(text: str) -> str:
 
 def _unknown(name: str, fields: Mapping[str, _Field]) -> FieldError:
     meant = difflib.get_close_matches(name[:SHOWN_MAX], list(fields), n=1)
-    hint = f"did you mean {meant[0]}?" if meant else f"expected one of {', '.join(fields)}"
+    expected = f"expected one of {', '.join(fields)}" if fields else "there are none here"
+    hint = f"did you mean {meant[0]}?" if meant else expected
     return FieldError(_shown(name), f"is not a field here: {hint}")
 
 

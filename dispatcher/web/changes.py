@@ -7,6 +7,8 @@ overwrites what they have not seen. Another account's webhook is 404. All of the
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Final
@@ -17,7 +19,8 @@ from dispatcher.model import EndpointStatus
 from dispatcher.store.endpoints import EndpointChange, EndpointRecord, EndpointStore
 from dispatcher.web.problems import Problem, not_found
 
-CHANGE_TRIES: Final = 3  # a version is lost only to somebody who won it
+CHANGE_TRIES: Final = 12  # a version is lost only to somebody who won it: some dozens at once all get their turn
+WAY_S: Final = (0.005, 0.2)  # how long to stand back, at most: the first time, and ever
 
 Expect = Callable[[EndpointRecord], None]
 """Raises Problem if the webhook is not in the version that its caller has seen."""
@@ -50,7 +53,8 @@ class Changes:
         expect: Expect = anything,
     ) -> EndpointRecord:
         """Set what `change` makes of the settings, and a secret that takes the place of the old one at once."""
-        for _ in range(CHANGE_TRIES):
+        for lost in range(CHANGE_TRIES):
+            await _make_way(lost)
             current = await self.current(account_id, webhook_id, expect)
             new = change(settings(current))
             if new == settings(current) and secret is UNSET:
@@ -62,7 +66,8 @@ class Changes:
 
     async def delete(self, account_id: int, webhook_id: str, expect: Expect = anything) -> None:
         """Remove a webhook and what waits for it."""
-        for _ in range(CHANGE_TRIES):
+        for lost in range(CHANGE_TRIES):
+            await _make_way(lost)
             current = await self.current(account_id, webhook_id, expect)
             if await self._endpoints.delete(account_id, current.id, version=current.version):
                 return
@@ -70,7 +75,8 @@ class Changes:
 
     async def pause(self, account_id: int, webhook_id: str, expect: Expect = anything) -> EndpointRecord:
         """Hold its events. Pausing twice is no mistake; pausing what is disabled is."""
-        for _ in range(CHANGE_TRIES):
+        for lost in range(CHANGE_TRIES):
+            await _make_way(lost)
             current = await self.current(account_id, webhook_id, expect)
             if current.status is EndpointStatus.DISABLED:
                 raise Problem(409, "webhook_disabled", "A disabled webhook receives nothing: resume it first.")
@@ -83,7 +89,8 @@ class Changes:
 
     async def resume(self, account_id: int, webhook_id: str, expect: Expect = anything) -> EndpointRecord:
         """Active again, paused or disabled as it was."""
-        for _ in range(CHANGE_TRIES):
+        for lost in range(CHANGE_TRIES):
+            await _make_way(lost)
             current = await self.current(account_id, webhook_id, expect)
             if current.status is EndpointStatus.ACTIVE:
                 return current
@@ -96,7 +103,8 @@ class Changes:
         self, account_id: int, webhook_id: str, secret: str, grace: timedelta, expect: Expect = anything
     ) -> EndpointRecord:
         """Sign with `secret`, and with the one it replaces until the grace is over."""
-        for _ in range(CHANGE_TRIES):
+        for lost in range(CHANGE_TRIES):
+            await _make_way(lost)
             current = await self.current(account_id, webhook_id, expect)
             record = await self._endpoints.rotate(account_id, current.id, secret, grace, version=current.version)
             if record is not None:
@@ -107,6 +115,13 @@ class Changes:
 def settings(record: EndpointRecord) -> EndpointChange:
     """A webhook's settings alone."""
     return EndpointChange(**{name: getattr(record, name) for name in EndpointChange.__struct_fields__})
+
+
+async def _make_way(lost: int) -> None:
+    """Stand back for a random while before the next try, longer each time, so that not all meet again."""
+    if lost:
+        first_s, most_s = WAY_S
+        await asyncio.sleep(random.random() * min(most_s, first_s * 2**lost))  # noqa: S311  spreads load, guards nothing
 
 
 def _contended() -> Problem:

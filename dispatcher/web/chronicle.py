@@ -20,7 +20,7 @@ import msgspec
 
 from dispatcher.core.head import WITHHELD, fields_of, withheld
 from dispatcher.core.ids import DELIVERY_PREFIX
-from dispatcher.core.rendering import Payload, is_type
+from dispatcher.core.rendering import Payload, is_event_id, is_type
 from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointStatus, Result
 from dispatcher.store.deliveries import AttemptRecord, DeliveryDetail, DeliveryFilter, DeliveryRecord, Place
@@ -257,6 +257,8 @@ def filter_of(given: Mapping[str, str]) -> DeliveryFilter:
         errors.append(FieldError("status_class", f"expected one of {', '.join(Result)}"))
     if "type" in given and not is_type(given["type"]):
         errors.append(FieldError("type", 'expected a type like "email.delivered"'))
+    if "event_id" in given and not is_event_id(given["event_id"]):
+        errors.append(FieldError("event_id", "expected the id of an event"))
     if span["since"] is not None and span["until"] is not None and span["until"] <= span["since"]:
         errors.append(FieldError("until", "expected a time after since"))
     if errors:

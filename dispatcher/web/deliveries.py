@@ -20,6 +20,7 @@ from dispatcher.store.accounts import KeyOwner
 from dispatcher.store.deliveries import DeliveryDetail
 from dispatcher.store.endpoints import EndpointRecord
 from dispatcher.web.answers import Wanted, answer, no_query, page, wanted
+from dispatcher.web.asked import nothing_said
 from dispatcher.web.auth import caller
 from dispatcher.web.chronicle import Chronicle, DeliveryAnswer, DeliveryDetailAnswer, filter_of
 from dispatcher.web.openapi import PAGE, Answer, PageOf, Parameter, operation
@@ -87,7 +88,7 @@ class Deliveries:
     )
     async def retry(self, request: web.Request) -> web.Response:
         """Deliver its event to its webhook once more: 201 with a new delivery, whatever became of the old one."""
-        no_query(request)
+        await nothing_said(request)
         made = await self._chronicle.redeliver(*await self._found(request))
         return answer(made, 201, {"Location": f"/v1/deliveries/{made.id}"})
 

@@ -1,6 +1,7 @@
 """Metrics for Prometheus, and two questions for whoever supervises the process. A listener of its own, without keys.
 
-Every number comes from one Snapshot: a scrape touches no table, and no label grows with accounts or webhooks. Counters
+Every number comes from one Snapshot or from the operating system: a scrape touches no table, and no label grows with
+accounts or webhooks. Counters
 begin anew with the process; labels known beforehand stand there from the start with 0, so that a rate over them sees
 the first event too.
 
@@ -11,7 +12,9 @@ the first event too.
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 from aiohttp import web
@@ -34,6 +37,8 @@ PREFIX: Final = "dispatcher_"
 
 _STATES: Final = sorted({DeliveryState.RETRYING, *SETTLED})
 _HEALTHS: Final = ("ready", "dead", "probing")
+_CONNECTIONS: Final = ("connecting", "active", "idle")
+_ROLES: Final = ("active", "standby")
 
 
 class SnapshotCollector(Collector):
@@ -54,6 +59,7 @@ class SnapshotCollector(Collector):
         )
         yield _counter("events", "Events read from the outbox", s.events)
         yield _counters("deliveries", "Deliveries that reached a state", "state", _STATES, s.deliveries)
+        yield _counter("database_losses", "Times that a connection to the database was lost", s.database_losses)
         yield _counters("attempts", "HTTP requests by what they came to", "result", Result, s.attempts)
         yield from self._histograms(s)
         yield from self._gauges(s)
@@ -85,8 +91,42 @@ class SnapshotCollector(Collector):
         yield _gauge("oldest_pending_seconds", "Age of the oldest event not settled everywhere", s.oldest_pending_s)
         yield _gauges("endpoints", "Webhooks by status", "status", EndpointStatus, s.endpoints)
         yield _gauges("lanes", "Webhooks with work, by what their answers let believe", "state", _HEALTHS, s.lanes)
-        yield _gauges("connections", "Connections to subscribers", "state", (), s.connections)
+        yield _gauges("connections", "Connections to subscribers", "state", _CONNECTIONS, s.connections)
         yield _gauge("event_loop_lag_seconds", "How late the event loop runs what is due", s.event_loop_lag_s)
+        yield _gauge("active", "1 if this process delivers, 0 if it stands by for another", s.role == "active")
+        yield _gauge("progress_age_seconds", "Since the engine's loops last went round", s.progress_age_s)
+        yield _gauge("database_up", "1 if the database can be reached", s.database)
+        # What follows is known to the active daemon only. On the others there is no sample, rather than a wrong one.
+        yield _gauges(
+            "instances", "Daemons on this database, by role", "role", _ROLES if s.instances else (), s.instances
+        )
+        yield _gauges(
+            "partitions_until_timestamp_seconds",
+            "When the last partition made ahead ends",
+            "table",
+            (),
+            s.partitions_until_unix_s,
+        )
+
+
+class DiskCollector(Collector):
+    """Room on the file system of a directory, which holds the embedded PostgreSQL if there is one."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing beforehand."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """What the file system says; nothing while the directory is not there."""
+        try:
+            usage = shutil.disk_usage(self._directory)
+        except OSError:
+            return
+        yield _gauge("state_filesystem_size_bytes", "Size of the state directory's file system", usage.total)
+        yield _gauge("state_filesystem_avail_bytes", "Room left on the state directory's file system", usage.free)
 
 
 def _counter(name: str, help_text: str, value: float) -> Metric:
@@ -104,7 +144,7 @@ def _gauge(name: str, help_text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"{PREFIX}{name}", help_text, value=value)
 
 
-def _gauges(name: str, help_text: str, label: str, known: Iterable[str], values: Mapping[str, int]) -> Metric:
+def _gauges(name: str, help_text: str, label: str, known: Iterable[str], values: Mapping[str, float]) -> Metric:
     family = GaugeMetricFamily(f"{PREFIX}{name}", help_text, labels=[label])
     for value in _known_first(known, values):
         family.add_metric([value], values.get(value, 0))
@@ -142,11 +182,16 @@ def unready_because(s: Snapshot, progress_age_s_max: float) -> str | None:
 
 
 def build_metrics_app(
-    snapshot: Callable[[], Snapshot], *, progress_age_s_max: float = PROGRESS_AGE_S_MAX
+    snapshot: Callable[[], Snapshot],
+    *,
+    state_directory: Path | None = None,
+    progress_age_s_max: float = PROGRESS_AGE_S_MAX,
 ) -> web.Application:
     """The metrics listener: `/metrics`, `/healthz`, `/readyz`."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(SnapshotCollector(snapshot))
+    if state_directory is not None:
+        registry.register(DiskCollector(state_directory))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
 

@@ -88,6 +88,12 @@ def unavailable(retry_after_s: int) -> Problem:
 
 def of_http(error: web.HTTPException) -> Problem:
     """What aiohttp itself refuses: paths and methods that do not exist, bodies that are too large."""
-    headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-    status = HTTPStatus(error.status)
-    return Problem(error.status, _CODES.get(error.status, "bad_request"), f"{status.phrase}.", headers=headers)
+    code = _CODES.get(error.status, "bad_request")
+    match error:
+        case web.HTTPMethodNotAllowed():
+            allowed = sorted(error.allowed_methods)
+            detail = f"{error.method} cannot be done here, only {', '.join(allowed)}."
+            return Problem(405, code, detail, headers={"Allow": ",".join(allowed)})
+        case web.HTTPNotFound():
+            return Problem(404, code, "There is nothing at this path: /docs lists every call.")
+    return Problem(error.status, code, f"{HTTPStatus(error.status).phrase}.")

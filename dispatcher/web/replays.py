@@ -1,8 +1,10 @@
-"""`/v1/webhooks/{id}/replay` and `…/replays/{job}`: new deliveries of old events.
+"""`/v1/webhooks/{id}/replay` and `…/replays`: new deliveries of old events.
 
 `status` chooses: `failed` events that were given up, `missed` ones that never arrived (those from before the webhook
 existed among them), or `all`. `dry_run` counts what would be sent and begins nothing; of a long history it counts the
 first part, and `is_lower_bound` says so. What is on its way already is never replayed.
+
+A replay that was begun by mistake is cancelled by DELETE: what it queued and nobody attempted is taken back.
 """
 
 # No `from __future__ import annotations` here: the fields' annotations are objects that bodies.py works with.
@@ -15,18 +17,19 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from dispatcher.core.rendering import is_type
+from dispatcher.core.routing import valid_filter
 from dispatcher.model import EndpointId, EndpointStatus
 from dispatcher.store.replays import RUNNING_MAX, Choice, ReplayRecord, ReplayStatus, Selection
-from dispatcher.web.answers import answer, moment, no_query
+from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
 from dispatcher.web.asked import A_MOMENT, read_moment
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting, read_body
-from dispatcher.web.openapi import Answer, operation
+from dispatcher.web.openapi import PAGE, Answer, PageOf, operation
 from dispatcher.web.parts import Log, Web
 from dispatcher.web.problems import FieldError, Problem, invalid, not_found
 
 TYPES_MAX: Final = 100
+CANCELLED: Final = "cancelled by its owner"
 
 
 class NewReplay(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -37,7 +40,7 @@ class NewReplay(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     status: Annotated[Selection, expecting('"failed", "missed" or "all"')]
     types: Annotated[
         Annotated[list[str], Meta(min_length=1, max_length=TYPES_MAX)] | UnsetType | None,
-        expecting(f'a list of 1 to {TYPES_MAX} event types, like ["email.delivered"]'),
+        expecting(f'a list of 1 to {TYPES_MAX} event types, like ["email.delivered", "billing.*"]'),
     ] = UNSET
     dry_run: Annotated[bool, expecting("true or false")] = False
 
@@ -81,7 +84,9 @@ class Replays:
         one = "/webhooks/{id:[A-Za-z0-9_-]{1,64}}"
         return [
             web.post(f"{one}/replay", self.create),
+            web.get(f"{one}/replays", self.browse),
             web.get(f"{one}/replays/{{job:[A-Za-z0-9_-]{{1,64}}}}", self.get),
+            web.delete(f"{one}/replays/{{job:[A-Za-z0-9_-]{{1,64}}}}", self.cancel),
         ]
 
     @operation(
@@ -108,6 +113,28 @@ class Replays:
         if record is None:
             raise not_found("replay")
         return answer(shown(record, webhook_id))
+
+    @operation("Deliveries", parameters=PAGE, answers={200: PageOf(ReplayAnswer)})
+    async def browse(self, request: web.Request) -> web.Response:
+        """A webhook's replays, newest first."""
+        part = wanted(request)
+        endpoint_id = await self._endpoint(caller(request).account_id, request.match_info["id"])
+        found = await self._log.replays.browse(endpoint_id, limit=part.limit + 1, after=part.after, before=part.before)
+        records, next_cursor = cut(found, part)
+        return page([shown(record, request.match_info["id"]) for record in records], next_cursor)
+
+    @operation("Deliveries", answers={200: Answer(ReplayAnswer, "The replay as it ended.")})
+    async def cancel(self, request: web.Request) -> web.Response:
+        """Stop a replay. What it queued is taken back, except for what is about to be sent; `queued` counts the rest.
+
+        One of which everything was sent already stays as it is.
+        """
+        no_query(request)
+        endpoint_id = await self._endpoint(caller(request).account_id, request.match_info["id"])
+        record = await self._log.replays.cancel(endpoint_id, request.match_info["job"], CANCELLED)
+        if record is None:
+            raise not_found("replay")
+        return answer(shown(record, request.match_info["id"]))
 
     async def begin(self, account_id: int, webhook_id: str, body: NewReplay) -> ReplayAnswer | PreviewAnswer:
         """Do what a body that was checked asks for. Raises Problem."""
@@ -200,8 +227,8 @@ def _check_moment(field: str, text: str) -> Iterator[FieldError]:
 
 def _check_types(types: list[str]) -> Iterator[FieldError]:
     for place, name in enumerate(types):
-        if not is_type(name):
-            yield FieldError(f"types[{place}]", 'expected a type like "email.delivered"')
+        if not valid_filter(name):
+            yield FieldError(f"types[{place}]", 'expected a type like "email.delivered", or a prefix like "email.*"')
 
 
 CHECKS: Final[dict[str, Check]] = {"since": _since, "until": _until, "types": _check_types}

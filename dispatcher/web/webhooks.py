@@ -24,16 +24,16 @@ from dispatcher.core.backoff import PRESETS, RETRIES_MAX, format_duration, parse
 from dispatcher.core.headers import HEADERS_MAX, HeadersRefused, check_headers
 from dispatcher.core.signing import new_secret
 from dispatcher.errors import AddressRefused
-from dispatcher.model import BodyStyle, EndpointStatus
+from dispatcher.model import BodyStyle, Discreet, EndpointStatus
 from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, EndpointRecord
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
-from dispatcher.web.asked import read_optional_body
+from dispatcher.web.asked import nothing_said, read_optional_body
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting, read_body
 from dispatcher.web.changes import Changes, Expect
 from dispatcher.web.openapi import IF_MATCH, PAGE, Answer, PageOf, operation
 from dispatcher.web.parts import Web
-from dispatcher.web.problems import FieldError, Problem, not_found
+from dispatcher.web.problems import FieldError, Problem, invalid, not_found
 
 EVENTS_MAX: Final = 100
 WRONG_EVENTS_MAX: Final = 20  # named in one answer: finding the nearest name takes a while
@@ -65,7 +65,7 @@ _EVENTS: Final = expecting(f'a list of 1 to {EVENTS_MAX} event types, like ["ema
 Events = Annotated[list[str], Meta(min_length=1, max_length=EVENTS_MAX)]
 
 
-class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Settings(Discreet, msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What a call may say about a webhook. Null resets a setting to its default; a secret of null means unsigned."""
 
     secret: Annotated[
@@ -114,7 +114,7 @@ class WebhookPatch(Settings, kw_only=True, forbid_unknown_fields=True):
     events: Annotated[Events | UnsetType, _EVENTS] = UNSET
 
 
-class Rotation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Rotation(Discreet, msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body of POST …/rotate-secret: nothing of it is needed. A grace of 0 ends the old secret at once."""
 
     secret: Annotated[
@@ -126,7 +126,7 @@ class Rotation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ] = GRACE_S
 
 
-class WebhookAnswer(msgspec.Struct, kw_only=True):
+class WebhookAnswer(Discreet, msgspec.Struct, kw_only=True):
     """A webhook as its owner reads it. `secret` is there only when it was just made."""
 
     id: str
@@ -151,7 +151,7 @@ class WebhookAnswer(msgspec.Struct, kw_only=True):
     last_error: str | None
 
 
-class SecretAnswer(msgspec.Struct, kw_only=True):
+class SecretAnswer(Discreet, msgspec.Struct, kw_only=True):
     """What a webhook's requests are signed with; null when they are not."""
 
     secret: str | None
@@ -237,13 +237,13 @@ class Webhooks:
     @operation("Webhooks", parameters=[IF_MATCH], answers={200: _CHANGED}, problems=[*_CHANGE, "webhook_disabled"])
     async def pause(self, request: web.Request) -> web.Response:
         """Stop new attempts and hold what comes. Pausing twice is no mistake; pausing what is disabled is."""
-        no_query(request)
+        await nothing_said(request)
         return self._answer(await self._changes.pause(*_named(request)))
 
     @operation("Webhooks", parameters=[IF_MATCH], answers={200: _CHANGED}, problems=_CHANGE)
     async def resume(self, request: web.Request) -> web.Response:
         """Send again, what was held first; re-activates a disabled webhook too."""
-        no_query(request)
+        await nothing_said(request)
         return self._answer(await self._changes.resume(*_named(request)))
 
     @operation("Webhooks", answers={200: SecretAnswer})
@@ -287,6 +287,8 @@ class Webhooks:
 def _named(request: web.Request) -> tuple[int, str, Expect]:
     """The webhook of the path: the caller's account, its id, and the version that If-Match names (else 412)."""
     tags = request.if_match
+    if "If-Match" in request.headers and not tags:
+        raise invalid([FieldError("If-Match", 'expected an ETag in its quotation marks, like "3", or *')])
 
     def expect(record: EndpointRecord) -> None:
         matches = {"*", str(record.version)}

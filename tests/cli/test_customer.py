@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import hmac
+import http.server
 import json
 import socket
 import stat
@@ -19,6 +20,7 @@ from click.testing import CliRunner, Result
 from shell import Shell
 from standardwebhooks import Webhook
 
+from dispatcher.cli import client
 from dispatcher.cli.customer import main
 from dispatcher.cli.profiles import Access, find_access, write_profile
 from dispatcher.core.addresses import Guard
@@ -441,6 +443,126 @@ def test_completion_is_a_script_that_asks_this_program(shell_name: str) -> None:
     assert "_TRACKPOST_COMPLETE" in script.stdout
 
 
+def offered(words: str, program: Any = main, **env: str) -> list[str]:
+    """What bash is told to offer for the last of these words."""
+    name = program.name if program is not main else "trackpost"
+    asked = {f"_{name.upper()}_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = CliRunner().invoke(program, [], env=asked | env, prog_name=name)
+    return [line.partition(",")[2] for line in result.stdout.splitlines() if line]
+
+
 def test_completion_answers(shell: Shell) -> None:
     env = {"_TRACKPOST_COMPLETE": "bash_complete", "COMP_WORDS": "trackpost webhooks pa", "COMP_CWORD": "2"}
     assert shell.run("trackpost", env=env).out == "plain,pause\n"
+
+
+def test_completion_knows_event_types() -> None:
+    assert offered("trackpost trigger email.c") == ["email.clicked", "email.complained"]
+    assert offered("trackpost events types domain") == ["domain.verified"]
+
+
+def test_completion_of_a_list_goes_on_behind_its_last_comma() -> None:
+    assert offered("trackpost webhooks create --events email.sent,domain.") == [
+        "email.sent,domain.*", "email.sent,domain.verified"
+    ]  # fmt: skip
+    assert "email.sent,email.sent" not in offered("trackpost webhooks create --events email.sent,email.s")
+
+
+def test_completion_asks_the_api_for_webhooks(customer: Customer) -> None:
+    ids = sorted(customer.webhook()["id"] for _ in range(2))
+    assert sorted(offered("trackpost webhooks pause wh_", **customer.environ)) == ids
+    assert offered(f"trackpost deliveries list {ids[0]}", **customer.environ) == ids[:1]
+
+
+def test_completion_offers_nothing_where_it_cannot_know(tmp_path: Path) -> None:
+    away = {"HOME": str(tmp_path), "TRACKPOST_API_URL": "http://127.0.0.1:1", "TRACKPOST_API_KEY": "tp_live_x"}
+    assert offered("trackpost webhooks pause ", **away) == []
+    assert offered("trackpost webhooks pause ", HOME=str(tmp_path), TRACKPOST_API_KEY="") == []
+
+
+def test_completion_offers_profiles(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path)}
+    write_profile("staging", Access("https://staging.example/v1", "tp_test_x"), environ)
+    assert offered("trackpost webhooks list --profile st", **environ) == ["staging"]
+
+
+def test_both_programs_complete() -> None:
+    from dispatcher.cli.operator import main as operator
+
+    operator.name = "dispatcher"
+    assert offered("dispatcher ke", operator) == ["keys"]
+    assert "_DISPATCHER_COMPLETE" in CliRunner().invoke(operator, ["completion", "zsh"]).stdout
+
+
+# ── a busy API ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def refusing() -> Iterator[tuple[str, list[str], list[tuple[int, dict[str, str], bytes]]]]:
+    """An API that answers from a list, and then with an empty page."""
+    asked: list[str] = []
+    answers: list[tuple[int, dict[str, str], bytes]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            page = (200, {}, b'{"data":[],"has_more":false,"next":null}')
+            status, headers, body = answers.pop(0) if answers else page
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", asked, answers
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+LIMITED = b'{"status":429,"code":"rate_limited","detail":"This API key makes too many requests."}'
+
+
+def test_who_is_told_when_to_come_back_does(refusing: Any) -> None:
+    url, asked, answers = refusing
+    answers += [(429, {"Retry-After": "1"}, LIMITED)] * 2
+    result = CliRunner().invoke(main, ["webhooks", "list", "--api-url", url, "--api-key", "tp_live_x"])
+    assert (result.exit_code, json.loads(result.stdout)["data"], len(asked)) == (0, [], 3)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Retry-After": "3600"}, {"Retry-After": "soon"}])
+def test_who_is_not_or_would_wait_too_long_gives_up(refusing: Any, headers: dict[str, str]) -> None:
+    url, asked, answers = refusing
+    answers.append((429, headers, LIMITED))
+    result = CliRunner().invoke(main, ["webhooks", "list", "--api-url", url, "--api-key", "tp_live_x"])
+    assert (result.exit_code, len(asked)) == (1, 1)
+    assert "too many requests" in result.stderr
+
+
+def test_patience_ends(refusing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PATIENCE", 1)
+    url, asked, answers = refusing
+    answers += [(429, {"Retry-After": "0"}, LIMITED)] * 5
+    result = CliRunner().invoke(main, ["webhooks", "list", "--api-url", url, "--api-key", "tp_live_x"])
+    assert (result.exit_code, len(asked)) == (1, 2)
+
+
+def test_all_is_printed_as_it_comes_and_ends_with_its_reader(refusing: Any, shell: Shell) -> None:
+    url, asked, answers = refusing
+    entries = [{"id": f"evt_{n}", "data": {"text": "x" * 2000}} for n in range(100)]
+    page = json.dumps({"data": entries, "has_more": True, "next": "evt_1"}).encode()
+    answers += [(200, {}, page)] * 1000
+    env = {"TRACKPOST_API_URL": url, "TRACKPOST_API_KEY": "tp_live_x"}
+    with shell.start("trackpost", "events", "list", "--all", env=env) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(20) == '{"data":[{"id":"evt_'
+        process.stdout.close()
+        assert process.wait(60) == 1
+    assert 0 < len(asked) < 1000

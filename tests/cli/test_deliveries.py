@@ -205,3 +205,30 @@ def test_sums_are_shown_to_people_and_programs(customer: Customer, shell: Shell)
     assert customer.ask("webhooks", "stats", webhook, "--window", "1h")["deliveries"]["delivered"] == 1
     shown = shell.run_on_terminal("trackpost", "webhooks", "stats", webhook, env=customer.environ)
     assert "100.0%" in shown.out
+
+
+def test_a_replay_is_seen_in_the_list_and_cancelled(customer: Customer) -> None:
+    webhook = customer.webhook()
+    customer.ask("trigger", "email.sent")
+    customer.settled(webhook, 1)
+    customer.ask("webhooks", "pause", webhook)
+    begun = customer.ask("webhooks", "replay", webhook, "--since", "2020-01-01T00:00:00Z", "--status", "all")
+    assert (begun["status"], begun["queued"]) == ("done", 1)
+    listed = customer.ask("webhooks", "replays", webhook)
+    assert [each["id"] for each in listed["data"]] == [begun["id"]]
+    cancelled = customer.ask("webhooks", "cancel-replay", webhook, begun["id"])
+    assert (cancelled["status"], cancelled["queued"]) == ("cancelled", 0)
+    customer.ask("webhooks", "resume", webhook)
+    assert customer("webhooks", "cancel-replay", webhook, "rpl_none").exit_code == 1
+
+
+def test_people_see_replays_and_what_a_cancelled_one_leaves(customer: Customer, shell: Shell) -> None:
+    webhook = customer.webhook()
+    begun = customer.ask(
+        "webhooks", "replay", webhook, "--since", "2020-01-01T00:00:00Z", "--status", "missed", "--types", "email.*"
+    )
+    shown = shell.run_on_terminal("trackpost", "webhooks", "replays", webhook, env=customer.environ, columns=60)
+    assert begun["id"] in shown.out
+    assert "status done" in shown.out
+    ended = shell.run_on_terminal("trackpost", "webhooks", "cancel-replay", webhook, begun["id"], env=customer.environ)
+    assert ended.out.strip() == f"{begun['id']} is done: 0 of its deliveries were or will be sent"

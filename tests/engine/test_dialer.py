@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import datetime as dt
 import errno
 import functools
 import socket
@@ -29,7 +28,6 @@ module._tls_context = functools.cache(module._tls_context)  # reading the system
 
 GUARD = Guard(allow=["127.0.0.0/8"], allow_http=True)
 AUTHORITY = trustme.CA()
-PAST = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
 
 
 @pytest.fixture(scope="module")
@@ -285,55 +283,6 @@ async def test_tls_to_an_address_is_verified_against_the_address(ca_file: str) -
         async with listening(echo, ssl=wrong) as port:
             with pytest.raises(DialFailed, match="IP address mismatch"):
                 await dialer.dial(target(port, "127.0.0.1", "https"), Link)
-
-
-@pytest.mark.parametrize(
-    ("certificate", "reason"),
-    [
-        (AUTHORITY.issue_cert("other.test"), "Hostname mismatch"),
-        (AUTHORITY.issue_cert("receiver.test", not_before=PAST, not_after=PAST), "certificate has expired"),
-        (trustme.CA().issue_cert("receiver.test"), "unable to get local issuer certificate"),
-    ],
-)
-async def test_a_bad_certificate_is_named(certificate: trustme.LeafCert, reason: str, ca_file: str) -> None:
-    async with listening(echo, ssl=server_context(certificate)) as port, dialling(ca_file=ca_file) as dialer:
-        with pytest.raises(DialFailed, match=f"^TLS: {reason}") as failed:
-            await dialer.dial(target(port, scheme="https"), Link)
-        assert failed.value.result is Result.TLS
-        assert len(str(failed.value)) < 120
-
-
-async def test_an_old_version_of_tls_is_refused(ca_file: str) -> None:
-    context = server_context(AUTHORITY.issue_cert("receiver.test"))
-    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
-        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
-    context.set_ciphers("DEFAULT:@SECLEVEL=0")
-    async with listening(echo, ssl=context) as port, dialling(ca_file=ca_file) as dialer:
-        with pytest.raises(DialFailed, match=r"^TLS: ") as failed:
-            await dialer.dial(target(port, scheme="https"), Link)
-        assert failed.value.result is Result.TLS
-
-
-async def test_a_server_that_speaks_no_tls_is_told_apart(ca_file: str) -> None:
-    async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1)
-        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        await writer.drain()
-
-    async with listening(plain) as port, dialling(ca_file=ca_file) as dialer:
-        with pytest.raises(DialFailed, match="does not speak TLS") as failed:
-            await dialer.dial(target(port, scheme="https"), Link)
-        assert failed.value.result is Result.TLS
-
-
-async def test_a_server_that_closes_in_the_handshake_failed_at_tls(ca_file: str) -> None:
-    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1)
-
-    async with listening(close) as port, dialling(ca_file=ca_file) as dialer:
-        with pytest.raises(DialFailed, match="during the handshake") as failed:
-            await dialer.dial(target(port, scheme="https"), Link)
-        assert failed.value.result is Result.TLS
 
 
 # Dials given up.

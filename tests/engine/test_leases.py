@@ -38,8 +38,12 @@ async def test_second_daemon_waits_as_standby_and_follows_when_the_first_is_gone
     db = await connect(database, name="test")
     await until(lambda: db.fetchval("SELECT role = 'standby' FROM dispatcher.instance WHERE id = 'two'"))
     assert not waiting.done()
+    tried_at = second._instance.waited_at
+    assert tried_at is not None
+    await until(lambda: (second._instance.waited_at or 0.0) > tried_at)
     first.connection.terminate()
     await asyncio.wait_for(waiting, 20)
+    assert second._instance.waited_at is None, "it waits no longer"
     assert told == ["two"], "told once, and only who has to wait"
     await second.close(leave=True)
     assert await db.fetchval("SELECT count(*) FROM dispatcher.instance WHERE id = 'two'") == 0

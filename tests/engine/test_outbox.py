@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import types
 from typing import Any
 
 import asyncpg
@@ -11,6 +12,7 @@ import pytest
 from house import House, until
 
 from dispatcher.engine.engine import Engine
+from dispatcher.engine.outbox import OutboxReader
 from dispatcher.store.database import connect
 from dispatcher.store.outbox import Cursor, OutboxPages
 
@@ -280,3 +282,34 @@ async def test_cursor_stays_behind_a_delivery_that_is_neither_settled_nor_pendin
 async def _passed(house: House, xid: int) -> bool:
     row = await house.app.fetchrow("SELECT pg_snapshot_xmin(prev)::text::bigint AS xmin FROM dispatcher.shard")
     return bool(row["xmin"] > xid)
+
+
+async def test_to_wait_for_endpoints_is_progress_and_to_wait_for_our_own_ledger_is_none() -> None:
+    """What feeds the watchdog: a ledger that writes no more must not be kept alive by the reader that waits for it."""
+    turns = 0
+
+    def is_full() -> bool:
+        nonlocal turns
+        turns += 1
+        return True
+
+    ledger = types.SimpleNamespace(full=True)
+    deliverer = types.SimpleNamespace(spill_slow=lambda *_: None)
+    nothing: Any = None
+    reader = OutboxReader(
+        nothing,
+        deliverer=deliverer,  # type: ignore[arg-type]
+        ledger=ledger,  # type: ignore[arg-type]
+        telemetry=nothing,
+        load_registry=nothing,
+        dice=random.Random(1),
+    )
+    reader._is_full = is_full  # type: ignore[method-assign]
+    reader.progress_at = -1.0
+    waiting = asyncio.create_task(reader._room())
+    await until(lambda: turns > 3)
+    assert reader.progress_at == -1.0
+    ledger.full = False
+    await until(lambda: reader.progress_at > 0)
+    reader.stopping = True
+    await waiting

@@ -14,7 +14,7 @@ import pytest
 
 from dispatcher.core.addresses import Guard
 from dispatcher.store.endpoints import EndpointHealth
-from dispatcher.web import bodies
+from dispatcher.web import bodies, changes
 from dispatcher.web.parts import Web
 
 if TYPE_CHECKING:
@@ -241,11 +241,20 @@ async def test_an_empty_patch_changes_nothing(api: Api) -> None:
 async def test_if_match_guards_a_change(api: Api, method: str, suffix: str, body: Any) -> None:
     path = f"/v1/webhooks/{(await api.webhook())['id']}"
     etag = (await api("GET", path)).headers["ETag"]
-    for other in ('"999"', f"W/{etag}", "nonsense", '"998", "999"'):
+    for other in ('"999"', f"W/{etag}", '"998", "999"'):
         answer = await api(method, path + suffix, body, headers={"If-Match": other})
         check_problem(answer, 412, "precondition_failed")
         assert (await api("GET", path)).headers["ETag"] == answer.headers["ETag"] == etag
     assert (await api(method, path + suffix, body, headers={"If-Match": f'"999", {etag}'})).status in (200, 204)
+
+
+@pytest.mark.parametrize("given", ["nonsense", "1", '"1', ""])
+async def test_an_if_match_that_is_none_is_no_licence_to_change(api: Api, given: str) -> None:
+    path = f"/v1/webhooks/{(await api.webhook())['id']}"
+    for method, suffix, body in (("PATCH", "", {"ordered": True}), ("DELETE", "", None), ("POST", "/pause", None)):
+        answer = await api(method, path + suffix, body, headers={"If-Match": given})
+        check_problem(answer, 422, "invalid_request", ["If-Match"])
+    assert ((await api("GET", path)).json["ordered"], (await api("GET", path)).json["status"]) == (False, "active")
 
 
 async def test_if_match_any_asks_only_that_there_is_one(api: Api) -> None:
@@ -256,11 +265,15 @@ async def test_if_match_any_asks_only_that_there_is_one(api: Api) -> None:
 async def test_changes_at_the_same_time_all_count(api: Api) -> None:
     made = await api.webhook()
     path = f"/v1/webhooks/{made['id']}"
-    changes: list[dict[str, Any]] = [{"description": "mine"}, {"ordered": True}]
-    answers = await asyncio.gather(*(api("PATCH", path, change) for change in changes))
-    assert [answer.status for answer in answers] == [200, 200]
+    wanted: list[dict[str, Any]] = [
+        {"description": "mine"}, {"ordered": True}, {"rate_limit": 3.0}, {"timeout_s": 7.0}, {"max_concurrency": 2},
+        {"headers": {"X-Mine": "1"}}, {"body_style": "python"}, {"events": ["email.*"]}, {"retry": ["5s"]},
+        {"url": "https://example.com/other"},
+    ]  # fmt: skip
+    answers = await asyncio.gather(*(api("PATCH", path, change) for change in wanted))
+    assert [answer.status for answer in answers] == [200] * len(wanted)
     now = (await api("GET", path)).json
-    assert (now["description"], now["ordered"]) == ("mine", True)
+    assert {name: now[name] for change in wanted for name in change} == {k: v for c in wanted for k, v in c.items()}
 
 
 async def test_a_change_that_never_finds_its_version_gives_up(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +283,7 @@ async def test_a_change_that_never_finds_its_version_gives_up(api: Api, monkeypa
         return None
 
     monkeypatch.setattr(api.parts.endpoints, "update", lose, raising=False)
+    monkeypatch.setattr(changes, "WAY_S", (0.0, 0.0))
     answer = await api("PATCH", f"/v1/webhooks/{made['id']}", {"ordered": True})
     check_problem(answer, 409, "conflict")
 
@@ -552,6 +566,15 @@ async def test_a_method_that_is_not_there_is_405_with_those_that_are(
     answer = await api(method, path)
     check_problem(answer, 405, "method_not_allowed")
     assert set(answer.headers["Allow"].split(",")) == allow
+    assert all(other in answer.json["detail"] for other in allow)
+
+
+async def test_a_call_that_takes_nothing_refuses_what_it_is_given(api: Api) -> None:
+    path = f"/v1/webhooks/{(await api.webhook())['id']}"
+    for call in ("pause", "resume"):
+        answer = await api("POST", f"{path}/{call}", {"for": "1h"})
+        check_problem(answer, 422, "invalid_request", ["for"])
+        assert (await api("POST", f"{path}/{call}", {})).status == 200
 
 
 @pytest.mark.parametrize(

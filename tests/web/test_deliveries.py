@@ -120,6 +120,7 @@ async def test_what_a_filter_cannot_mean_is_refused(desk: Desk) -> None:
         ({"status": "lost"}, "status"), ({"status_class": "9xx"}, "status_class"), ({"type": "Nope"}, "type"),
         ({"since": "yesterday"}, "since"), ({"since": "2025-01-01T00:00:00"}, "since"),
         ({"since": "2025-01-02T00:00:00Z", "until": "2025-01-01T00:00:00Z"}, "until"),
+        ({"event_id": ""}, "event_id"), ({"event_id": "evt_'"}, "event_id"),
         ({"after": NOWHERE}, "after"), ({"before": "nonsense"}, "before"), ({"offset": "3"}, "offset"),
         ({"after": f"ffffffffffffffff-{'0' * 32}"}, "after"),
     ]  # fmt: skip

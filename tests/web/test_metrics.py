@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,11 +20,12 @@ from dispatcher.telemetry import LONG_SECONDS, Histogram, Snapshot
 from dispatcher.web.metrics import build_metrics_app
 from dispatcher.web.server import serve
 
-COUNTERS = {"events", "deliveries", "attempts"}
+COUNTERS = {"events", "deliveries", "attempts", "database_losses"}
 HISTOGRAMS = {"attempt_duration_seconds", "delivery_latency_seconds", "settle_batch_size", "database_seconds"}
 GAUGES = {
     "outbox_lag_seconds", "outbox_backlog", "in_flight", "retries_waiting", "oldest_pending_seconds", "endpoints",
-    "lanes", "connections", "event_loop_lag_seconds", "build_info",
+    "lanes", "connections", "event_loop_lag_seconds", "build_info", "active", "progress_age_seconds", "database_up",
+    "instances", "partitions_until_timestamp_seconds", "state_filesystem_size_bytes", "state_filesystem_avail_bytes",
 }  # fmt: skip
 
 
@@ -50,6 +53,9 @@ def busy() -> Snapshot:
         lanes={"ready": 3, "dead": 1, "probing": 0},
         connections={"idle": 2, "busy": 4},
         event_loop_lag_s=0.001,
+        database_losses=3,
+        instances={"active": 1},
+        partitions_until_unix_s={"outbox": 1.8e9},
     )
 
 
@@ -84,9 +90,9 @@ class Listener:
 
 
 @pytest.fixture
-async def listener() -> AsyncIterator[Listener]:
+async def listener(tmp_path: Path) -> AsyncIterator[Listener]:
     here: list[Listener] = []
-    app = build_metrics_app(lambda: here[0].snapshot, progress_age_s_max=10.0)
+    app = build_metrics_app(lambda: here[0].snapshot, state_directory=tmp_path, progress_age_s_max=10.0)
     async with TestClient(TestServer(app)) as client:
         here.append(Listener(client))
         yield here[0]
@@ -117,6 +123,27 @@ async def test_numbers_are_those_of_the_snapshot(listener: Listener) -> None:
     assert value("lanes", state="dead") == 1
     assert value("connections", state="idle") == 2
     assert value("event_loop_lag_seconds") == 0.001
+    assert value("active") == value("database_up") == 1
+    assert value("progress_age_seconds") == 0.5
+    assert value("database_losses_total") == 3
+    assert (value("instances", role="active"), value("instances", role="standby")) == (1, 0)
+    assert value("partitions_until_timestamp_seconds", table="outbox") == 1.8e9
+
+
+async def test_a_standby_has_no_opinion_on_what_only_the_active_daemon_looks_at(listener: Listener) -> None:
+    listener.snapshot = Snapshot(role="standby", database=True)
+    value = await listener.scrape()
+    assert value("active") == 0
+    names = {key[0] for key in value.samples}
+    assert not names & {"instances", "partitions_until_timestamp_seconds"}
+
+
+async def test_the_disk_is_measured_while_it_is_there(listener: Listener, tmp_path: Path) -> None:
+    value = await listener.scrape()
+    assert value("state_filesystem_size_bytes") == shutil.disk_usage(tmp_path).total
+    assert 0 < value("state_filesystem_avail_bytes") < value("state_filesystem_size_bytes")
+    tmp_path.rmdir()
+    assert not [key for key in (await listener.scrape()).samples if "filesystem" in key[0]]
 
 
 async def test_histograms_are_cumulated(listener: Listener) -> None:

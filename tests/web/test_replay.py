@@ -231,3 +231,72 @@ async def test_what_makes_no_sense_is_refused(desk: Desk) -> None:
         assert (answer.status, answer.fields) == (422, fields), body
     for path in (f"/webhooks/{webhook}/replays/rpl_x", "/webhooks/wh_x/replays/rpl_x"):
         assert (await desk.api("GET", f"/v1{path}")).status == 404
+
+
+async def test_a_replay_is_cancelled_and_what_it_queued_is_taken_back(desk: Desk) -> None:
+    for _ in range(8):
+        await desk.emit("email.sent")
+    webhook = await desk.webhook()
+    job = await replay(desk, webhook, "missed")
+    store = ReplayStore(desk.app, step_events=3)
+    assert await store.step(job["id"])
+    place = f"/webhooks/{webhook}/replays/{job['id']}"
+    running = await desk.ask("GET", place)
+    assert (running["status"], running["queued"]) == ("running", 3)
+    shown = await desk.ask("DELETE", place)
+    assert (shown["status"], shown["reason"], shown["queued"]) == ("cancelled", "cancelled by its owner", 0)
+    assert await desk.app.fetchval("SELECT count(*) FROM dispatcher.pending") == 0
+    assert await desk.ask("DELETE", place) == shown
+    assert not await store.step(job["id"])
+    await desk.start()
+    live = await desk.emit("email.sent")
+    await until(lambda: desk.receiver.arrivals)
+    assert [a.event_id for a in desk.receiver.arrivals] == live
+
+
+async def test_what_a_finished_replay_still_has_waiting_can_be_taken_back(desk: Desk) -> None:
+    await desk.emit("email.sent", "email.sent")
+    webhook = await desk.webhook()
+    await desk.ask("POST", f"/webhooks/{webhook}/pause")
+    await desk.start()
+    done = await ended(desk, webhook, await replay(desk, webhook, "missed"))
+    assert (done["status"], done["queued"]) == ("done", 2)
+    shown = await desk.ask("DELETE", f"/webhooks/{webhook}/replays/{done['id']}")
+    assert (shown["status"], shown["queued"]) == ("cancelled", 0)
+    assert await desk.deliveries(webhook) == []
+
+
+async def test_a_replay_of_which_everything_was_sent_stays_as_it_is(desk: Desk) -> None:
+    await desk.emit("email.sent")
+    webhook = await desk.webhook()
+    await desk.start()
+    done = await ended(desk, webhook, await replay(desk, webhook, "missed"))
+    await desk.settled(webhook, 1)
+    shown = await desk.ask("DELETE", f"/webhooks/{webhook}/replays/{done['id']}")
+    assert (shown["status"], shown["queued"], shown["reason"]) == ("done", 1, None)
+
+
+async def test_replays_are_listed_and_are_nobody_elses(desk: Desk) -> None:
+    webhook, other = await desk.webhook(), await desk.webhook()
+    jobs = [(await replay(desk, webhook, "missed"))["id"] for _ in range(3)]
+    await replay(desk, other, "missed")
+    first = await desk.ask("GET", f"/webhooks/{webhook}/replays", params={"limit": 2})
+    assert [each["id"] for each in first["data"]] == jobs[:0:-1]
+    rest = await desk.ask("GET", f"/webhooks/{webhook}/replays", params={"after": first["next"]})
+    assert ([each["id"] for each in rest["data"]], rest["has_more"]) == (jobs[:1], False)
+    newer = await desk.ask("GET", f"/webhooks/{webhook}/replays", params={"before": jobs[0], "limit": 1})
+    assert [each["id"] for each in newer["data"]] == [jobs[1]]
+    for method in ("GET", "DELETE"):
+        await desk.ask(method, f"/webhooks/{other}/replays/{jobs[0]}", status=404)
+    await desk.ask("DELETE", f"/webhooks/{webhook}/replays/{jobs[0]}", status=404, key=desk.api.keys["rival"])
+
+
+async def test_types_of_a_replay_may_be_prefixes(desk: Desk) -> None:
+    await desk.emit("email.sent", "email.opened", "template.created")
+    webhook = await desk.webhook(events=["*"])
+    assert await count(desk, webhook, "all", types=["email.*"]) == 2
+    assert await count(desk, webhook, "all", types=["email.opened", "template.*"]) == 2
+    assert await count(desk, webhook, "all", types=["*"]) == 3
+    body = {"since": EVER, "status": "all", "types": ["email."]}
+    refused = await desk.ask("POST", f"/webhooks/{webhook}/replay", body, status=422)
+    assert [error["field"] for error in refused["errors"]] == ["types[0]"]

@@ -111,3 +111,16 @@ SELECT e.*, NULL::timestamptz AS failing_since, NULL::text AS last_error FROM ch
 
 -- name: delete
 DELETE FROM dispatcher.endpoint WHERE account_id = $1 AND public_id = $2 AND version = $3 RETURNING id;
+
+-- name: sealed
+-- What a new key has to seal again.
+SELECT id, public_id, secret, previous_secret FROM dispatcher.endpoint WHERE id > $1 ORDER BY id LIMIT $2;
+
+-- name: reseal
+-- No change that a version counts: the secrets are the same. Whatever somebody else has written since stays.
+UPDATE dispatcher.endpoint e SET secret = u.secret, previous_secret = u.previous_secret
+FROM unnest($1::integer[], $2::bytea[], $3::bytea[], $4::bytea[], $5::bytea[])
+     AS u (id, old_secret, old_previous_secret, secret, previous_secret)
+WHERE e.id = u.id AND e.secret IS NOT DISTINCT FROM u.old_secret
+  AND e.previous_secret IS NOT DISTINCT FROM u.old_previous_secret
+RETURNING e.id;

@@ -13,12 +13,11 @@ SELECT m.*, pg_notify('dispatcher_pending', 'replay') FROM made m;
 -- name: get
 SELECT * FROM dispatcher.replay WHERE endpoint_id = $1 AND id = $2;
 
--- name: recent
-SELECT * FROM dispatcher.replay WHERE endpoint_id = $1 ORDER BY id DESC LIMIT $2;
+-- name: list_after
+SELECT * FROM dispatcher.replay WHERE endpoint_id = $1 AND id < $2 COLLATE "C" ORDER BY id DESC LIMIT $3;
 
--- name: stop
-UPDATE dispatcher.replay SET status = 'cancelled', reason = $3, finished_at = now(), updated_at = now()
-WHERE endpoint_id = $1 AND id = $2 AND status = 'running' RETURNING *;
+-- name: list_before
+SELECT * FROM dispatcher.replay WHERE endpoint_id = $1 AND id > $2 COLLATE "C" ORDER BY id LIMIT $3;
 
 -- name: running
 SELECT id FROM dispatcher.replay WHERE status = 'running' ORDER BY id LIMIT $1;
@@ -48,7 +47,9 @@ SELECT o.id, o.seq, o.xid, o.written_at, o.is_wanted,
 FROM (SELECT id, seq, xid, written_at,
              EXISTS (SELECT FROM unnest($7::text[]) AS f (filter)
                      WHERE filter IN ('*', type) OR right(filter, 2) = '.*' AND starts_with(type, left(filter, -1)))
-             AND ($8::text[] IS NULL OR type = ANY ($8)) AS is_wanted
+             AND ($8::text[] IS NULL OR EXISTS (
+                 SELECT FROM unnest($8) AS f (filter)
+                 WHERE filter IN ('*', type) OR right(filter, 2) = '.*' AND starts_with(type, left(filter, -1)))) AS is_wanted
       FROM dispatcher.outbox WHERE account = $1 AND id > $2 COLLATE "C" AND written_at >= $3 AND written_at < $4
       ORDER BY id LIMIT $5) o
 ORDER BY o.id;
@@ -68,6 +69,24 @@ SELECT count(*), pg_notify('dispatcher_pending', $1::integer || ' ' || (SELECT v
 UPDATE dispatcher.replay SET after_id = $2, reached_at = coalesce($3, reached_at), looked = looked + $4, queued = queued + $5,
        status = $6, finished_at = CASE WHEN $6 <> 'running' THEN now() END, updated_at = now()
 WHERE id = $1;
+
+-- name: stop
+-- Its owner's wish.
+UPDATE dispatcher.replay SET status = 'cancelled', reason = $3, finished_at = now(), updated_at = now()
+WHERE endpoint_id = $1 AND id = $2 AND status = 'running';
+
+-- name: unqueue
+-- Take back what a replay queued and nobody has attempted. A statement of its own behind `stop`, which may have waited for a
+-- step: its snapshot would not show what that step queued.
+WITH taken AS (
+    DELETE FROM dispatcher.pending p USING dispatcher.replay r
+    WHERE r.endpoint_id = $1 AND r.id = $2 AND p.endpoint_id = $1 AND p.generation = r.generation AND p.due_at = 'infinity' AND p.attempts = 0
+    RETURNING 1
+)
+UPDATE dispatcher.replay SET queued = queued - (SELECT count(*) FROM taken), updated_at = now(),
+       status = CASE WHEN EXISTS (SELECT FROM taken) THEN 'cancelled' ELSE status END,
+       reason = CASE WHEN EXISTS (SELECT FROM taken) THEN coalesce(reason, $3) ELSE reason END
+WHERE endpoint_id = $1 AND id = $2 RETURNING *;
 
 -- name: cancel
 UPDATE dispatcher.replay SET status = 'cancelled', reason = $2, finished_at = now(), updated_at = now() WHERE id = $1;

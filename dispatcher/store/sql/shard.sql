@@ -27,16 +27,40 @@ SELECT pg_try_advisory_lock_shared(1953656688, 0);
 SELECT pg_advisory_unlock_shared(1953656688, 0);
 
 -- name: gauges
--- What the metrics show of the tables, each from the end of an index: the newest sequence number, the oldest pending event.
+-- What the metrics show of the tables, each from the end of an index: the newest sequence number, the oldest pending event;
+-- and the daemons of this database, of which the table holds a handful.
 SELECT (SELECT last_value FROM dispatcher.outbox_seq) AS newest_seq,
-       (SELECT event_at FROM dispatcher.pending ORDER BY event_seq LIMIT 1) AS oldest_pending_at;
+       (SELECT event_at FROM dispatcher.pending ORDER BY event_seq LIMIT 1) AS oldest_pending_at,
+       count(*) FILTER (WHERE role = 'active') AS active, count(*) FILTER (WHERE role = 'standby') AS standby
+FROM dispatcher.instance WHERE heartbeat_at > now() - interval '5 seconds';
+
+-- name: partitions_until
+-- When the last partition of each table made ahead ends, in Unix seconds. Reads the catalogue only.
+SELECT parent.relname::text AS name,
+       extract(epoch FROM max(to_date(right(leaf.relname, 8), 'YYYYMMDD')) + interval '1 day')::float8 AS until
+FROM pg_inherits i JOIN pg_class leaf ON leaf.oid = i.inhrelid JOIN pg_class parent ON parent.oid = i.inhparent
+WHERE i.inhparent IN ('dispatcher.outbox'::regclass, 'dispatcher.attempt'::regclass) AND leaf.relname ~ '_[0-9]{8}$'
+GROUP BY parent.relname;
 
 -- name: own_xid
 SELECT pg_current_xact_id();
 
 -- name: flush
-SELECT dispatcher.flush($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22,
-                        $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34);
+-- A column of attempts that says the same in every row comes as one element: most are first ones that were delivered.
+SELECT dispatcher.flush(
+    $1, $2, $3, $4, $5, $6, $7, $8, $9,
+    CASE WHEN cardinality($10::xid8[]) = 1 THEN array_fill(($10::xid8[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $10::xid8[] END,
+    CASE WHEN cardinality($11::integer[]) = 1 THEN array_fill(($11::integer[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $11::integer[] END,
+    CASE WHEN cardinality($12::integer[]) = 1 THEN array_fill(($12::integer[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $12::integer[] END,
+    CASE WHEN cardinality($13::smallint[]) = 1 THEN array_fill(($13::smallint[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $13::smallint[] END,
+    CASE WHEN cardinality($14::text[]) = 1 THEN array_fill(($14::text[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $14::text[] END,
+    CASE WHEN cardinality($15::text[]) = 1 THEN array_fill(($15::text[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $15::text[] END,
+    CASE WHEN cardinality($16::smallint[]) = 1 THEN array_fill(($16::smallint[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $16::smallint[] END,
+    CASE WHEN cardinality($17::integer[]) = 1 THEN array_fill(($17::integer[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $17::integer[] END,
+    CASE WHEN cardinality($18::text[]) = 1 THEN array_fill(($18::text[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $18::text[] END,
+    CASE WHEN cardinality($19::bytea[]) = 1 THEN array_fill(($19::bytea[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $19::bytea[] END,
+    CASE WHEN cardinality($20::bytea[]) = 1 THEN array_fill(($20::bytea[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $20::bytea[] END,
+    $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34);
 
 -- name: heartbeat
 INSERT INTO dispatcher.instance (id, host, pid, role, version, started_at, heartbeat_at, snapshot)
@@ -57,3 +81,7 @@ SELECT key, value FROM dispatcher.setting;
 -- The first daemon's key is the database's; whoever comes later learns which.
 INSERT INTO dispatcher.setting (key, value) VALUES ('key_fingerprint', $1)
 ON CONFLICT (key) DO UPDATE SET value = setting.value RETURNING value;
+
+-- name: change_key
+INSERT INTO dispatcher.setting (key, value) VALUES ('key_fingerprint', $1)
+ON CONFLICT (key) DO UPDATE SET value = excluded.value;

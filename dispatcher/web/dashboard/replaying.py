@@ -18,7 +18,7 @@ from dispatcher.web.dashboard.log import utc_of
 from dispatcher.web.dashboard.visits import read_form, utc_now, visit_of
 from dispatcher.web.dashboard.webhook import named, subject_of
 from dispatcher.web.problems import Problem, not_found
-from dispatcher.web.replays import CHECKS, NewReplay, PreviewAnswer, Replays, shown
+from dispatcher.web.replays import CANCELLED, CHECKS, NewReplay, PreviewAnswer, Replays, shown
 
 RECENT: Final = 10
 SPAN: Final = timedelta(days=1)  # how far back, unless somebody says otherwise
@@ -69,9 +69,10 @@ class ReplayPages:
         endpoint_id = await self._desk.log.deliveries.endpoint(*named(request))
         if endpoint_id is None:
             raise not_found("webhook")
-        record = await self._desk.log.replays.stop(endpoint_id, request.match_info["job"], "cancelled by hand")
-        note = "?note=cancelled" if record else ""
-        raise web.HTTPSeeOther(f"/webhooks/{request.match_info['id']}/replay{note}")
+        record = await self._desk.log.replays.cancel(endpoint_id, request.match_info["job"], CANCELLED)
+        if record is None:
+            raise not_found("replay")
+        raise web.HTTPSeeOther(f"/webhooks/{request.match_info['id']}/replay?note=cancelled")
 
     async def _page(
         self, request: web.Request, form: Mapping[str, str], errors: Errors, preview: PreviewAnswer | None
@@ -80,7 +81,7 @@ class ReplayPages:
         zone = visit_of(request).zone or UTC
         since = (utc_now() - SPAN).astimezone(zone).strftime("%Y-%m-%dT%H:%M")
         endpoint_id = await self._desk.log.deliveries.endpoint(*named(request))
-        recent = [] if endpoint_id is None else await self._desk.log.replays.recent(endpoint_id, RECENT)
+        recent = [] if endpoint_id is None else await self._desk.log.replays.browse(endpoint_id, limit=RECENT)
         return self._desk.templates.page(
             request,
             "webhook-replay.html",

@@ -161,7 +161,7 @@ class WebhookPages:
         endpoint_id = await self._desk.log.deliveries.endpoint(account_id, webhook_id)
         if endpoint_id is None:
             raise not_found("webhook")
-        found = await self._desk.log.replays.recent(endpoint_id, REPLAYS)
+        found = await self._desk.log.replays.browse(endpoint_id, limit=REPLAYS)
         return [replay_shown(record, webhook_id) for record in found]
 
 

@@ -1,0 +1,421 @@
+"""What must hold, judged from outside: by what is committed, what arrives at receivers, and what the engine says it holds.
+
+    at every step       each delivery in memory has one owner, and the sums agree (conservation)
+    at every commit     the cursor passes nothing that is neither settled nor in a pending row; nothing is settled twice,
+                        nor logged twice; a pending row goes only with its settlement; no retry is due early
+    at every request    window, `ordered`, rate limit, pause, due time, signature
+    at the end          everything committed is settled for every webhook subscribed at its commit, as its receiver knows;
+                        nothing is left anywhere; repeats stay within what crashes and take-overs had in their hands
+
+A *reign* is what one process sends between two take-overs: the promises about concurrency and order are made by one
+owner at a time, and a daemon that does not know yet that it lost its shard is bounded by the duplicates it may cause.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import model_postgres
+import model_receivers
+from model_postgres import HELD, Backend, Event, Key, ModelPostgres, Transaction
+from model_receivers import Arrival
+
+from dispatcher.core.ids import DeliveryIds
+
+if TYPE_CHECKING:
+    from world import Daemon
+
+EARLY_S = 1e-3  # time stamps go through microseconds
+RATE_SLACK_S = 0.030  # late starts made up for, and the way to the receiver
+CALM_LATENCY_S = 2.0
+CALM_PAUSE_S = 1.0
+FINAL = {"delivered", "exhausted", "discarded"}
+Pair = tuple[int, int]  # endpoint id, event sequence
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+class Webhook:
+    """What the judge knows of a webhook."""
+
+    def __init__(self, row: dict[str, Any], settings: Any, now: float) -> None:
+        self.id = row["id"]
+        self.events = tuple(row["events"])
+        self.settings = settings  # the world's
+        self.enabled = True
+        self.enabled_at = now
+        self.paused_at: float | None = None
+
+    def wants(self, type: str) -> bool:
+        return any(
+            f == "*" or f == type or (f.endswith(".*") and type.startswith(f[:-1])) for f in self.events
+        )
+
+
+class Judge(model_postgres.Watch, model_receivers.Watch):
+    """Sees everything, changes nothing."""
+
+    def __init__(
+        self, server: ModelPostgres, ids: DeliveryIds, note: Callable[..., None], now: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.server = server
+        self.note = note
+        self.now = now
+        self.wall = wall
+        self.violation: str | None = None
+        self.calm = False
+        self.jitter = 0.0
+        self.daemons: dict[str, Daemon] = {}  # alive, by process name
+        self.webhooks: dict[int, Webhook] = {}
+        self.open: dict[Pair, Event] = {}  # committed, subscribed, and neither settled nor pending yet
+        self.owed: dict[Pair, Event] = {}  # and not settled yet
+        self.committed_at: dict[int, float] = {}  # by event sequence
+        self.began_at: dict[int, float] = {}  # when its transaction began to write
+        self.finals: dict[Key, str] = {}
+        self.logged: dict[Key, int] = {}  # highest attempt on record
+        self.allowance = 0  # repeats that are within the bound
+        self.repeats = 0
+        self.epoch = 0
+        self.fenced: set[str] = set()  # processes that another one has taken the shard from
+        self.reigns: Counter[str] = Counter()
+        self.arrivals: dict[tuple[Key, int], list[Arrival]] = defaultdict(list)
+        self.first_at: dict[Pair, float] = {}
+        self.busy: Counter[tuple[str, int, int]] = Counter()  # (process, reign, endpoint)
+        self.starts: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+        self.youngest: dict[tuple[str, int, int], tuple[float, int]] = {}  # of the youngest event started
+        self.paused: dict[tuple[str, int], float] = {}  # (process, endpoint) -> when it learnt of the pause
+        self.latest_wall = 0.0  # before the clock was set back: what was due then is due
+        self.is_unsound = False  # a crash has undone commits: order and repeats say nothing any more
+        self._ids = ids
+        self._balanced_at = 0
+
+    def fail(self, what: str) -> None:
+        if self.violation is None:
+            self.violation = what
+            self.note("VIOLATION", what)
+
+    # ── at every step ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self) -> None:
+        for daemon in self.daemons.values():
+            if daemon.engine is not None and daemon.engine.deliverer.balance:
+                self.fail(f"{daemon}: {daemon.engine.deliverer.balance} deliveries nobody can account for")
+        self._balanced_at += 1
+        if self._balanced_at % 50 == 0:
+            for daemon in self.daemons.values():
+                if daemon.engine is not None:
+                    self._owners(daemon)
+        if self.violation is not None:
+            raise Violation(self.violation)
+
+    def _owners(self, daemon: Daemon) -> None:
+        deliverer = daemon.engine.deliverer  # type: ignore[union-attr]
+        try:
+            deliverer.lanes.check()
+        except AssertionError as error:
+            self.fail(f"{daemon}: {error}")
+        queued = [getattr(entry, "item", entry) for s in deliverer.subscribers.values() for entry in s.lane.todo]
+        keys = [delivery.key for delivery in (*queued, *deliverer.in_flight)]
+        if len(set(keys)) != len(keys):
+            self.fail(f"{daemon}: a delivery has two owners")
+
+    # ── at every commit ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def committed(self, transaction: Transaction) -> None:
+        for event in transaction.events:
+            self.committed_at[event.seq] = self.now()
+            self.began_at.setdefault(event.seq, self.now())
+            self.note("commit", f"event {event.seq} {event.type} xid {event.xid}")
+            for webhook in self.webhooks.values():
+                if webhook.enabled and webhook.wants(event.type):
+                    self.open[webhook.id, event.seq] = self.owed[webhook.id, event.seq] = event
+
+    def registry_changed(self) -> None:
+        rows = self.server.endpoints
+        for webhook in self.webhooks.values():
+            row = rows.get(webhook.id)
+            enabled = row is not None and row["status"] != "disabled"
+            if webhook.enabled and not enabled:
+                self._excuse(webhook.id)
+            if enabled and not webhook.enabled:
+                webhook.enabled_at = self.now()
+            webhook.enabled = enabled
+            is_paused = row is not None and row["status"] == "paused"
+            if is_paused != (webhook.paused_at is not None):
+                webhook.paused_at = self.now() if is_paused else None
+        self.note("registry", f"version {self.server.registry_version}")
+
+    def created(self, row: dict[str, Any], settings: Any) -> None:
+        """A webhook's creation has committed."""
+        self.webhooks[row["id"]] = Webhook(row, settings, self.now())
+
+    def _excuse(self, endpoint: int) -> None:
+        """Whoever is disabled or deleted receives nothing; what was on its way is discarded or was never routed."""
+        for owed in (self.open, self.owed):
+            for pair in [pair for pair in owed if pair[0] == endpoint]:
+                del owed[pair]
+
+    def taken_over(self, backend: Backend | None, epoch: int) -> None:
+        owner = _owner(backend)
+        self.epoch = epoch
+        self.reigns[owner] += 1
+        self.fenced.discard(owner)
+        for name, daemon in self.daemons.items():
+            if name != owner:
+                self.fenced.add(name)
+                self.forgive(daemon)
+        self.note("take-over", f"epoch {epoch} by {owner}")
+
+    def forgive(self, daemon: Daemon) -> None:
+        """What this one has in its hands may be sent twice."""
+        if daemon.engine is not None:
+            deliverer = daemon.engine.deliverer
+            self.allowance += len(deliverer.in_flight) + daemon.engine.ledger.buffered
+            self.note("forgiven", f"{daemon}: {len(deliverer.in_flight)} + {daemon.engine.ledger.buffered}")
+
+    def flushed(self, backend: Backend | None, epoch: int, rows: dict[str, list[tuple[Any, ...]]], moved: bool) -> None:
+        if epoch != self.epoch:
+            self.fail(f"a flush of epoch {epoch} was written in epoch {self.epoch}")
+        due = {(row[0], row[1], row[2]): row for row in rows["pending"]}
+        for row in rows["attempts"]:
+            self._logged(row, due)
+        for key, row in due.items():
+            self.open.pop(key[:2], None)
+            if key in self.finals:
+                self.fail(f"{key} is settled and gets a pending row")
+            if row[7] is not HELD and row[6] > self.logged.get(key, 0):
+                self.fail(f"{key} counts {row[6]} attempts, {self.logged.get(key, 0)} are on record")
+        for key in rows["settled"]:
+            if key not in self.finals:
+                self.fail(f"the pending row of {key} went without its settlement")
+        for seq, _ in rows["discarded"]:
+            for owed in (self.open, self.owed):
+                for pair in [pair for pair in owed if pair[1] == seq]:
+                    del owed[pair]
+        self.note("flush", _summary(rows, moved))
+        if moved and self.open:
+            self._passed()
+
+    def _logged(self, row: tuple[Any, ...], due: dict[Key, tuple[Any, ...]]) -> None:
+        seq, _, endpoint, generation, number, state, result = row[:7]
+        key = (endpoint, seq, generation)
+        before = self.finals.get(key)
+        if before is not None:
+            self.fail(f"{key} was settled twice: {before}, then {state}")
+        if result is not None and number <= self.logged.get(key, 0):
+            self.fail(f"attempt {number} of {key} was logged twice")
+        self.logged[key] = number
+        arrivals = self.arrivals.get((key, number), ())
+        if state in FINAL:
+            self.finals[key] = state
+            if generation == 0:
+                self.open.pop(key[:2], None)
+                self.owed.pop(key[:2], None)
+        schedule_s = self.webhooks[endpoint].settings.schedule_s
+        if state == "delivered" and not any(200 <= arrival.status < 300 for arrival in arrivals):
+            self.fail(f"{key} is on record as delivered, and its receiver has not said so")
+        if state == "exhausted" and number != len(schedule_s) + 1:
+            self.fail(f"{key} was given up after {number} attempts of {len(schedule_s) + 1}")
+        if state == "retrying":
+            self._retrying(key, number, due.get(key), arrivals)
+
+    def _retrying(self, key: Key, number: int, row: Any, arrivals: Any) -> None:
+        if row is None:
+            self.fail(f"{key} failed and has no pending row")
+            return
+        ended = [arrival for arrival in arrivals if arrival.done_at is not None]
+        if ended and row[7] is not HELD:
+            delay_s = self.webhooks[key[0]].settings.schedule_s[number - 1] * (1 - self.jitter)
+            delay_s = max(delay_s, ended[-1].retry_after_s)
+            if row[7].timestamp() < ended[-1].done_wall + delay_s - EARLY_S:
+                self.fail(f"{key} is due {row[7]}, earlier than {delay_s} s after attempt {number}")
+
+    def _passed(self) -> None:
+        """The cursor has moved: everything it says is read must be settled or pending."""
+        shard = self.server.shard
+        visible = self.server.visible
+        prev, cur, at = shard["prev"], shard["cur"], (shard["at_xid"], shard["at_seq"])
+        for (endpoint, seq), event in self.open.items():
+            if visible(event.xid, prev) or (
+                cur is not None and visible(event.xid, cur) and self._is_before(event, prev, at)
+            ):
+                self.fail(f"event {seq} is lost for webhook {endpoint}: the cursor is beyond it")
+                return
+
+    def _is_before(self, event: Event, prev: Any, at: tuple[int, int]) -> bool:
+        # A page's order: what was in progress in `prev` first, by transaction, then the others, by transaction.
+        return (event.xid, event.seq) <= at
+
+    def rolled_back(self) -> None:
+        """Asynchronous commits are gone: what they had settled is open again."""
+        server = self.server
+        before = sum(self.logged.values())
+        self.finals = {(row[3], row[1], row[4]): row[6] for row in server.attempts if row[6] in FINAL}
+        self.logged = {}
+        for row in server.attempts:
+            key = (row[3], row[1], row[4])
+            self.logged[key] = max(self.logged.get(key, 0), row[5])
+        self.allowance += before - sum(self.logged.values())
+        self.is_unsound = True
+        for seq, event in server.event_by_seq.items():
+            for webhook in self.webhooks.values():
+                key = (webhook.id, seq, 0)
+                born = server.endpoints.get(webhook.id)
+                if (
+                    born is None or not webhook.enabled or not webhook.wants(event.type) or seq in server.discarded_events
+                    or key in self.finals or self.committed_at[seq] < webhook.enabled_at
+                    or server.visible(event.xid, born["created_snapshot"])
+                ):  # fmt: skip
+                    continue
+                self.owed[key[:2]] = event
+                if key not in server.pending:
+                    self.open[key[:2]] = event
+        self.note("rolled back", f"{len(self.open)} open")
+
+    def told_registry(self, backend: Backend | None, version: int) -> None:
+        owner = _owner(backend)
+        for endpoint, webhook in self.webhooks.items():
+            if webhook.paused_at is None:
+                self.paused.pop((owner, endpoint), None)
+            else:
+                self.paused.setdefault((owner, endpoint), self.now())
+
+    # ── at every request ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def arrived(self, arrival: Arrival) -> None:
+        found = self._ids.key_of(arrival.delivery_id)
+        assert found is not None
+        endpoint, seq, generation = key = found
+        webhook = self.webhooks[endpoint]
+        settings = webhook.settings
+        name = str(arrival.process)
+        place = (name, self.reigns[name], endpoint)
+        self.note("request", f"{name} -> {endpoint}: event {seq}.{generation} attempt {arrival.attempt}")
+        event = self.server.event_by_seq.get(seq)
+        if event is None or event.id != arrival.event_id:
+            self.fail(f"{key} arrived and was never committed")
+            return
+        before = self.arrivals[key, arrival.attempt]
+        is_again = bool(before) and self._is_excused(before[-1], arrival)
+        if name in self.fenced:
+            self.allowance += 1  # what it sends before it knows is sent by its successor, too
+        if before and not is_again:
+            self.repeats += 1
+            self.note("repeat", f"{key} attempt {arrival.attempt}")
+        before.append(arrival)
+        if settings.secrets and arrival.by_legacy < 0:
+            self.fail(f"{key} was signed by none of its secrets")
+        arrival.place = place
+        self.busy[place] += 1
+        if self.busy[place] > settings.concurrency:
+            self.fail(f"webhook {endpoint} has {self.busy[place]} requests at once, {settings.concurrency} allowed")
+        self._judge_pause(webhook, name, key)
+        if generation == 0:
+            self._judge_latency((endpoint, seq))
+        if is_again or name in self.fenced:
+            return
+        if arrival.attempt > 1:
+            self._judge_due(key, arrival)
+        if settings.rate_limit is not None:
+            self._judge_rate(place, settings.rate_limit)
+        if settings.ordered and generation == 0 and not self.is_unsound:
+            self._judge_order(place, seq)
+
+    def ended(self, arrival: Arrival) -> None:
+        found = self._ids.key_of(arrival.delivery_id)
+        assert found is not None
+        self.busy[arrival.place] -= 1
+        self.note("response", f"{found[0]}: event {found[1]}.{found[2]} attempt {arrival.attempt}: {arrival.status}")
+
+    @staticmethod
+    def _is_excused(before: Arrival, arrival: Arrival) -> bool:
+        """The second try during a rotation, or after a connection that was perhaps stale: no attempt was counted."""
+        if before.reused and before.cut:
+            return True
+        return before.process is arrival.process and before.status in {401, 403}
+
+    def _judge_due(self, key: Key, arrival: Arrival) -> None:
+        row = self.server.pending.get(key)
+        if row is None:
+            self.fail(f"{key} is tried again and has no pending row")
+        elif row[6] != arrival.attempt - 1:
+            self.fail(f"attempt {arrival.attempt} of {key} is out, its row counts {row[6]}")
+        elif row[7] is not HELD and row[7].timestamp() > max(arrival.wall, self.latest_wall) + EARLY_S:
+            self.fail(f"attempt {arrival.attempt} of {key} is {row[7].timestamp() - arrival.wall:.3f} s early")
+
+    def _judge_rate(self, place: tuple[str, int, int], rate: float) -> None:
+        starts = self.starts[place]
+        now = self.now()
+        if starts and now - starts[-1] < 1 / rate - RATE_SLACK_S:
+            self.fail(f"webhook {place[2]} got two requests within {now - starts[-1]:.3f} s at {rate}/s")
+        starts.append(now)
+
+    def _judge_order(self, place: tuple[str, int, int], seq: int) -> None:
+        began_at, youngest = self.youngest.get(place, (0.0, 0))
+        if youngest != seq and self.committed_at[seq] < began_at:
+            self.fail(f"webhook {place[2]} is ordered and got event {seq} after event {youngest}")
+        if self.began_at[seq] >= began_at:
+            self.youngest[place] = (self.began_at[seq], seq)
+
+    def _judge_pause(self, webhook: Webhook, name: str, key: Key) -> None:
+        known_at = self.paused.get((name, webhook.id))
+        # A request that waits for a connection has begun.
+        if known_at is not None and self.now() > known_at + webhook.settings.timeout_s + 0.2:
+            self.fail(f"{key} was sent {self.now() - known_at:.2f} s after {name} knew that its webhook is paused")
+        if self.calm and webhook.paused_at is not None and self.now() > webhook.paused_at + CALM_PAUSE_S:
+            self.fail(f"{key} was sent {self.now() - webhook.paused_at:.2f} s after its webhook was paused")
+
+    def _judge_latency(self, pair: Pair) -> None:
+        if pair not in self.first_at:
+            self.first_at[pair] = self.now()
+            late_s = self.now() - self.committed_at[pair[1]]
+            settings = self.webhooks[pair[0]].settings
+            if self.calm and settings.is_prompt and late_s > CALM_LATENCY_S:
+                self.fail(f"event {pair[1]} came to webhook {pair[0]} after {late_s:.2f} s of nothing going on")
+
+    # ── at the end ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def is_settled(self) -> bool:
+        return not self.owed and not self.server.pending
+
+    def conclude(self) -> None:
+        for daemon in self.daemons.values():
+            self._owners(daemon)
+        if self.repeats > self.allowance:
+            self.fail(f"{self.repeats} requests were repeats, the bound is {self.allowance}")
+        if not self.is_unsound:
+            for webhook in self.webhooks.values():
+                if webhook.settings.ordered:
+                    self._conclude_order(webhook)
+        if self.violation is not None:
+            raise Violation(self.violation)
+
+    def _conclude_order(self, webhook: Webhook) -> None:
+        youngest, began_at = 0, 0.0
+        for row in self.server.attempts:
+            seq = row[1]
+            if row[3] != webhook.id or row[4] or row[6] not in FINAL or row[7] is None:
+                continue
+            if self.committed_at[seq] < began_at:
+                self.fail(f"webhook {webhook.id} is ordered and had event {seq} settled after event {youngest}")
+            if self.began_at[seq] >= began_at:
+                youngest, began_at = seq, self.began_at[seq]
+
+
+def _owner(backend: Backend | None) -> str:
+    return str(getattr(backend, "owner", None))
+
+
+def _summary(rows: dict[str, list[tuple[Any, ...]]], moved: bool) -> str:
+    attempts = " ".join(f"{row[2]}:{row[0]}.{row[3]}#{row[4]}={row[5]}" for row in rows["attempts"])
+    pending = " ".join(
+        f"{row[0]}:{row[1]}.{row[2]}@{'held' if row[7] is HELD else f'{row[7]:%H:%M:%S.%f}'}" for row in rows["pending"]
+    )
+    settled = " ".join(f"{row[0]}:{row[1]}.{row[2]}" for row in rows["settled"])
+    return f"attempts [{attempts}] pending [{pending}] settled [{settled}]{' cursor' if moved else ''}"
