@@ -46,7 +46,7 @@ NOTES: Final = {
     "saved": "Saved.",
     "deleted": "The webhook is deleted, and what waited for it is dropped.",
     "replaying": "The replay has begun.",
-    "cancelled": "The replay is cancelled. What it had queued is still sent.",
+    "cancelled": "The replay is cancelled, and what it had queued and nobody attempted is taken back.",
     "redelivered": "Queued as a new delivery, which is this one.",
     "styled": "The body style is changed. Send another test event to see it verified.",
 }

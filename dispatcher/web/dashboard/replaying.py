@@ -70,8 +70,9 @@ class ReplayPages:
         if endpoint_id is None:
             raise not_found("webhook")
         record = await self._desk.log.replays.cancel(endpoint_id, request.match_info["job"], CANCELLED)
-        note = "?note=cancelled" if record else ""
-        raise web.HTTPSeeOther(f"/webhooks/{request.match_info['id']}/replay{note}")
+        if record is None:
+            raise not_found("replay")
+        raise web.HTTPSeeOther(f"/webhooks/{request.match_info['id']}/replay?note=cancelled")
 
     async def _page(
         self, request: web.Request, form: Mapping[str, str], errors: Errors, preview: PreviewAnswer | None
