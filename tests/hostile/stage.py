@@ -217,7 +217,7 @@ async def open_stage(
         await transport.close()
         for host in stage.hosts:
             await host.stop()
-    assert transport.connections == set()
+    assert not transport.connections
 
 
 # ── what peers do ────────────────────────────────────────────────────────────────────────────────────────────────────

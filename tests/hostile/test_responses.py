@@ -115,4 +115,4 @@ def test_whatever_a_peer_sends_a_request_ends_once_and_memory_is_bounded(
     assert len(attempt.body) <= BOUNDS.body_kept_bytes
     assert (attempt.error is None) == (attempt.result in COMPLETE)
     assert wire.origin.idle == []
-    assert wire.transport.connections == set()
+    assert not wire.transport.connections
