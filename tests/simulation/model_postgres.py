@@ -528,7 +528,12 @@ def _own_xid(server: ModelPostgres, transaction: Transaction) -> list[Any]:
 @_reads("shard", "gauges")
 def _gauges(server: ModelPostgres, backend: Backend) -> list[Any]:
     oldest = min(server.pending, key=lambda key: key[1], default=None)
-    return [(max(server.seq, 1), None if oldest is None else server.pending[oldest][4])]
+    return [(max(server.seq, 1), None if oldest is None else server.pending[oldest][4], 1, 0)]
+
+
+@_reads("shard", "partitions_until")
+def _partitions_until(server: ModelPostgres, backend: Backend) -> list[Any]:
+    return []
 
 
 @_reads("shard", "heartbeat")
@@ -557,7 +562,7 @@ def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> 
     if prev is not None:
         shard.update(prev=prev, prev_at=prev_at, cur=cur, at_xid=at_xid, at_seq=at_seq)
     rows = {
-        "attempts": list(zip(*arguments[8:20], strict=True)),
+        "attempts": list(zip(*(_spread(column, len(arguments[8])) for column in arguments[8:20]), strict=True)),
         "pending": list(zip(*arguments[20:29], strict=True)),
         "settled": list(zip(*arguments[29:32], strict=True)),
         "discarded": list(zip(*arguments[32:34], strict=True)),
@@ -576,6 +581,11 @@ def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> 
     server.saved(transaction, undo)
     server.watch.flushed(backend, epoch, rows, prev is not None)
     return [(True,)]
+
+
+def _spread(column: Sequence[Any], rows: int) -> Sequence[Any]:
+    """A column that says the same in every row comes as one element."""
+    return column * rows if len(column) == 1 else column
 
 
 def _undo(server: ModelPostgres) -> Callable[[], None]:
