@@ -46,7 +46,7 @@ from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, Endpoin
 from dispatcher.store.vault import Vault
 
 EPOCH: Final = datetime(2030, 1, 1, tzinfo=UTC).timestamp()
-HEALING_S: Final = 3600.0  # a world that has healed for so long and is not settled never will be
+HEALING_S: Final = 1800.0  # a world that has healed for so long and is not settled never will be
 VAULT: Final = Vault(b"k" * 32)
 IDS: Final = DeliveryIds(b"1" * 16)
 GUARD: Final = Guard(["127.0.0.0/8"], allow_http=True)
