@@ -736,7 +736,8 @@ class World:
         self.healed = True
         self.weather.ambush = None
         self.judge.latest_wall = max(self.judge.latest_wall, self.wall())
-        self.wall_offset_s = max(self.wall_offset_s, 0.0)  # or retries would wait for hours, rightly
+        # A clock that was ahead and is not any more would have retries wait for an hour, rightly.
+        self.wall_offset_s = max(self.wall_offset_s, self.judge.latest_wall - EPOCH - self.loop.now, 0.0)
         self._fuse = None
         for settings in self.settings:
             self._set_mood(settings.receiver, Mood.WELL)
