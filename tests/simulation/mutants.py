@@ -1,7 +1,7 @@
 """Bugs planted by hand, each a plausible one: the simulation must find every one of them.
 
-A mutant is a method whose source has one piece replaced. When the engine is rewritten, a mutant that no longer applies
-says so, and is planted anew where its mistake could be made now.
+A mutant is a method whose source has a piece or two replaced. When the engine is rewritten, a mutant that no longer
+applies says so, and is planted anew where its mistake could be made now.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from dispatcher.store.shard import ShardStore
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One mistake: in `owner.method`, `old` becomes `new`. `adjust` makes worlds in which it may matter."""
+    """One mistake: in `owner.method`, `old` becomes `new`. `adjust` makes worlds in which it may matter.
+
+    `also` is a second piece and what becomes of it, where one mistake alone is caught by the engine itself.
+    """
 
     name: str
     owner: type
@@ -34,14 +37,17 @@ class Mutant:
     old: str
     new: str
     adjust: Callable[[Plan], None] = lambda plan: None
+    also: tuple[str, str] = ("", "")
 
     @contextlib.contextmanager
     def planted(self) -> Iterator[None]:
         original = inspect.getattr_static(self.owner, self.method)
         source = "if True:\n" + inspect.getsource(original)
-        assert self.old in source, f"{self.name}: {self.owner.__name__}.{self.method} has changed; plant it anew"
+        for piece, other in ((self.old, self.new), self.also):
+            assert piece in source, f"{self.name}: {self.owner.__name__}.{self.method} has changed; plant it anew"
+            source = source.replace(piece, other) if piece else source
         space: dict[str, Any] = dict(vars(sys.modules[self.owner.__module__]))
-        exec(compile(source.replace(self.old, self.new), f"<mutant: {self.name}>", "exec"), space)
+        exec(compile(source, f"<mutant: {self.name}>", "exec"), space)
         with mock.patch.object(self.owner, self.method, space[self.method]):
             yield
 
@@ -124,11 +130,12 @@ MUTANTS = [
         _stormy,
     ),
     Mutant(
-        "an older time in the wheel is not compared with the row",
+        "retries fire a second early",
         Retries, "_fire",
         "if row[4] > wall:",
         "if False:",
         _stormy,
+        also=("elapsed_tick(self._loop.time())", "elapsed_tick(self._loop.time() + 1.0)"),
     ),
     Mutant(
         "ordered: the others do not wait for the head",

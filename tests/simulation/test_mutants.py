@@ -6,7 +6,7 @@ import pytest
 from mutants import MUTANTS, Mutant
 from world import World
 
-SEEDS_MAX = 60  # the shyest one shows itself in the 35th
+SEEDS_MAX = 60
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

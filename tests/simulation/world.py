@@ -46,7 +46,7 @@ from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, Endpoin
 from dispatcher.store.vault import Vault
 
 EPOCH: Final = datetime(2030, 1, 1, tzinfo=UTC).timestamp()
-HEALING_S: Final = 3600.0  # a world that has healed for so long and is not settled never will be
+HEALING_S: Final = 1800.0  # a world that has healed for so long and is not settled never will be
 VAULT: Final = Vault(b"k" * 32)
 IDS: Final = DeliveryIds(b"1" * 16)
 GUARD: Final = Guard(["127.0.0.0/8"], allow_http=True)
@@ -736,7 +736,8 @@ class World:
         self.healed = True
         self.weather.ambush = None
         self.judge.latest_wall = max(self.judge.latest_wall, self.wall())
-        self.wall_offset_s = max(self.wall_offset_s, 0.0)  # or retries would wait for hours, rightly
+        # A clock that was ahead and is not any more would have retries wait for an hour, rightly.
+        self.wall_offset_s = max(self.wall_offset_s, self.judge.latest_wall - EPOCH - self.loop.now, 0.0)
         self._fuse = None
         for settings in self.settings:
             self._set_mood(settings.receiver, Mood.WELL)
