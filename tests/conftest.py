@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 # No deadline: how long an example takes says more about the machine than about the code. Seeds stay random in CI too:
 # a run that always draws the same examples finds nothing new; a failure prints how to draw them again.
-for profile, examples in (("quick", 25), ("default", 100), ("ci", 200)):
+# HYPOTHESIS_PROFILE=long is for a night.
+for profile, examples in (("quick", 25), ("default", 100), ("ci", 200), ("long", 20_000)):
     hypothesis.settings.register_profile(
         profile, max_examples=examples, deadline=None, derandomize=False, print_blob=True
     )

@@ -32,7 +32,7 @@ AMONG = (
     "HTTP/2: a SETTINGS frame", "length long, closes", "chunk beyond 64 bits", "nothing at all", "the end at once",
     "NUL and bytes that are no UTF-8 in the body", "a redirect to the metadata service",
 )  # fmt: skip
-EVENTS = 40
+EVENTS = 15
 GROWTH_BYTES_MAX = 96 << 20
 
 
