@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
-from aiohttp.test_utils import make_mocked_request
+from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 
 from dispatcher.store.sessions import PER_KEY_MAX, SessionStore
+from dispatcher.web.api import build_api_app
 from dispatcher.web.dashboard.visits import GUEST_COOKIE, SESSION_COOKIE, Door, local_path, sign_in_path
 
 if TYPE_CHECKING:
@@ -183,6 +184,15 @@ async def test_sessions_of_a_key_are_bounded_the_oldest_ends(house: House, brows
         await store.begin(house.key_ids["acme"])
     assert await house.db.fetchval("SELECT count(*) FROM dispatcher.session") == PER_KEY_MAX
     assert (await browser.get("/")).status == 303
+
+
+async def test_a_session_outlives_the_daemon_that_began_it(house: House, browser: Browser) -> None:
+    """A restarted daemon, or the one that took over, knows the session by its row."""
+    session = browser.cookies[SESSION_COOKIE]
+    async with TestClient(TestServer(build_api_app(house.parts))) as client:
+        headers = {"Cookie": f"{SESSION_COOKIE}={session}", "Accept": "text/html"}
+        async with client.get("/webhooks", headers=headers, allow_redirects=False) as answer:
+            assert answer.status == 200
 
 
 async def test_what_has_expired_is_cleared_away(house: House, browser: Browser) -> None:
