@@ -122,6 +122,16 @@ def _is_proxy(text: str) -> bool:
     )
 
 
+def _is_collector(text: str) -> bool:
+    parts = urlsplit(text)
+    return (
+        parts.scheme in {"http", "https"}
+        and bool(parts.hostname)
+        and (parts.port is None or parts.port > 0)
+        and not (parts.username or parts.query or parts.fragment)
+    )
+
+
 def _or_empty(check: Check) -> Check:
     return lambda value: value == "" or check(value)
 
@@ -275,6 +285,15 @@ class Log(Section, frozen=True):
 
     level: Annotated[str, _one_of("debug", "info", "warning", "error", reload=True)] = "info"
     format: Annotated[str, _one_of("auto", "text", "json", reload=True)] = "auto"
+    failures: Annotated[bool, Key("true or false", reload=True)] = True
+    successes: Annotated[float, _number(0.0, 1.0, reload=True)] = 0.0
+
+
+class Otel(Section, frozen=True):
+    """Export of spans to OpenTelemetry; needs the `otel` extra."""
+
+    endpoint: Annotated[str, Key('a URL like "http://127.0.0.1:4318"', _or_empty(_holds(_is_collector)))] = ""
+    service: Annotated[str, _like(r"[!-~](?:[ -~]{0,126}[!-~])?", "1 to 128 ASCII characters")] = "trackpost-dispatcher"
 
 
 class Events(Section, frozen=True):
@@ -325,6 +344,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     auto_disable: AutoDisable = AutoDisable()
     state: State = State()
     log: Log = Log()
+    otel: Otel = Otel()
     events: Events = Events()
     brand: Brand = Brand()
     secrets: Secrets = Secrets()

@@ -30,6 +30,7 @@ from dispatcher.embedded import EmbeddedPostgres
 from dispatcher.engine.engine import EngineSettings
 from dispatcher.engine.fleet import Fleet
 from dispatcher.engine.onlooker import Onlooker
+from dispatcher.engine.spans import open_spans
 from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.engine.trials import SingleShot, is_released
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, DispatcherError
@@ -205,6 +206,8 @@ def _engine_settings(config: Config) -> EngineSettings:
         events_kept_s=config.retention.events_s,
         attempts_kept_s=config.retention.attempts_s,
         disable_after_s=config.auto_disable.after_s,
+        log_failures=config.log.failures,
+        log_successes=config.log.successes,
     )
 
 
@@ -298,15 +301,18 @@ async def run(
         guard=guard,
     )
     ids = DeliveryIds(bytes.fromhex(settings["delivery_id_key"]))
+    spans = open_spans(config.otel.endpoint, config.otel.service, ids) if config.otel.endpoint else None
     pool = await open_pool(config.database.dsn, size=config.database.pool_size)
     engine = (
         Onlooker(pool, transport)
         if only == "web"
-        else Fleet(_engine_settings(config), transport=transport, guard=guard, vault=vault, ids=ids)
+        else Fleet(_engine_settings(config), transport=transport, guard=guard, vault=vault, ids=ids, spans=spans)
     )
     accounts = AccountStore(pool, config.brand.key_prefix)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(pool.close)
+        if spans is not None:
+            stack.push_async_callback(spans.close)
         web = Web(
             endpoints=EndpointStore(pool, vault),
             accounts=accounts,

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
+import logging
 import os
 import shutil
 import tempfile
@@ -18,8 +20,10 @@ from typing import Any, TypeVar
 import asyncpg
 import hypothesis
 import pytest
+import structlog
 import uvloop
 
+from dispatcher import logs
 from dispatcher.embedded import DATABASE, EmbeddedPostgres
 
 T = TypeVar("T")
@@ -76,6 +80,18 @@ class Administrator:
         self.run(self._connection.close())
         self._loop.close()
         self._thread.shutdown()
+
+
+@pytest.fixture
+def log_stream() -> Iterator[io.StringIO]:
+    """A stream for `start_logging`; what the run's own settings were comes back afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield io.StringIO()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+    logs._State.outlet = logs._State.stream = logs._State.render = None
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,11 @@ from dispatcher.core.lanes import Lane, Lanes, Offer
 from dispatcher.core.outcome import RELEASED, Outcome, Verdict, judge
 from dispatcher.core.rendering import TEXT_BYTES_MAX, Payload
 from dispatcher.core.signing import Signer
+from dispatcher.core.traces import is_traceparent
 from dispatcher.core.window import Health
+from dispatcher.engine.journal import Journal
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
+from dispatcher.engine.spans import Spans
 from dispatcher.engine.transport import Released, Transport
 from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import (
@@ -86,14 +89,17 @@ def payload_of(event_id: str, type_: str, created_at: datetime | None, data: str
 class Event:
     """One event in memory: where it lies in the outbox, and its payload."""
 
-    __slots__ = ("payload", "seq", "written_at", "written_unix", "xid")
+    __slots__ = ("payload", "seq", "traceparent", "written_at", "written_unix", "xid")
 
-    def __init__(self, seq: int, xid: int, written_at: datetime, payload: Payload) -> None:
+    def __init__(
+        self, seq: int, xid: int, written_at: datetime, payload: Payload, traceparent: str | None = None
+    ) -> None:
         self.seq = seq
         self.xid = xid
         self.written_at = written_at
         self.written_unix = written_at.timestamp()
         self.payload = payload
+        self.traceparent = traceparent  # what the application left there: 55 characters of its own choice
 
 
 class OpenPage:
@@ -208,6 +214,9 @@ class Deliverer:
         self.in_flight: dict[Delivery, None] = {}  # in the order they went out
         self.running = False  # False: nothing new goes out
         self.valid_until = math.inf  # loop time: nor does it after that, unless the lease is renewed
+        self.journal = Journal(ids)
+        self.logs_successes = False
+        self.spans: Spans | None = None  # exported to OpenTelemetry, if at all
         self.on_hungry: Callable[[Subscriber], None] = lambda subscriber: None
         self.on_dismissed: Callable[[int], None] = lambda endpoint_id: None
         self._ledger = ledger
@@ -462,6 +471,8 @@ class Deliverer:
         signer = subscriber.signer  # the grace may have ended with the answer that asked for the other secret
         by_previous = delivery.other_secret and signer.is_rotating
         signed = signer.headers(event_id, timestamp, body, by_previous=by_previous)
+        if event.traceparent is not None or self.spans is not None:
+            signed += self._trace(delivery)
         request = self._fields % (
             subscriber.head,
             payload.type.encode(),
@@ -475,8 +486,17 @@ class Deliverer:
         )
         subscriber.origin.submit(request, endpoint.timeout_s, self._done, delivery)
 
+    def _trace(self, delivery: Delivery) -> bytes:
+        """The header field that lets the subscriber's work be seen as part of what made the event."""
+        given = delivery.event.traceparent
+        if self.spans is not None:
+            given = self.spans.begin(delivery)
+        return b"traceparent: %b\r\n" % given.encode() if given and is_traceparent(given) else b""
+
     def _done(self, delivery: Delivery, attempt: Attempt) -> None:
         """Take in what a request came to. Called once per request, by the transport."""
+        if self.spans is not None:
+            self.spans.end(delivery, attempt)
         subscriber = delivery.subscriber
         lane = subscriber.lane
         now = self._loop.time()
@@ -526,12 +546,12 @@ class Deliverer:
         if verdict is Verdict.DELIVERED:
             state = _DELIVERED
             subscriber.error = None
-        elif verdict is Verdict.RETRY:
-            state = self._retry(delivery, attempt, outcome, number)
+            if self.logs_successes:
+                self.journal.succeeded(delivery, attempt, number)
         else:
-            state = _DISCARDED
-        if verdict is not Verdict.DELIVERED:
+            state, due = self._retry(delivery, attempt, outcome, number)
             subscriber.error = attempt.error or f"{attempt.status}"
+            self.journal.failed(delivery, attempt, state, number, due)
         if verdict is Verdict.DISABLE:
             self._ledger.disable(subscriber.endpoint.id, "the endpoint answered 410 Gone")
         telemetry.deliveries[state] += 1
@@ -542,21 +562,25 @@ class Deliverer:
         if state is not _RETRYING and delivery.row is not _NO_ROW:
             self._ledger.settled(delivery)
 
-    def _retry(self, delivery: Delivery, attempt: Attempt, outcome: Outcome, number: int) -> str:
-        """Plan the next attempt; return the delivery's state."""
+    def _retry(
+        self, delivery: Delivery, attempt: Attempt, outcome: Outcome, number: int
+    ) -> tuple[str, datetime | None]:
+        """Plan the next attempt, if there is to be one; return the delivery's state and when that is."""
+        if outcome.verdict is not Verdict.RETRY:
+            return _DISCARDED, None
         subscriber = delivery.subscriber
         wall = self._wall()
         wait_s = retry_after_s(attempt.retry_after, wall) if outcome.honours_retry_after else None
         delay_s = next_delay_s(subscriber.endpoint.schedule_s, number, self._jitter, self._random(), wait_s)
         if delay_s is None:
-            return _EXHAUSTED
+            return _EXHAUSTED, None
         delivery.attempts = number
         delivery.other_secret = False
         due = datetime.fromtimestamp(wall + delay_s, UTC)
         self._write_row(delivery, due, attempt.error or str(attempt.status))
         if subscriber.endpoint.ordered:
             self._wait_for(delivery)
-        return _RETRYING
+        return _RETRYING, due
 
     def _wait_for(self, delivery: Delivery) -> None:
         """An ordered webhook's delivery failed: whatever comes after it waits for its retry."""

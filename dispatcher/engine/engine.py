@@ -35,6 +35,7 @@ from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.outbox import PAGE_ROWS, SAFETY_S, OutboxReader
 from dispatcher.engine.replays import Replays
 from dispatcher.engine.retries import Retries
+from dispatcher.engine.spans import Spans
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
 from dispatcher.model import EndpointStatus
@@ -79,6 +80,8 @@ class EngineSettings:
     events_kept_s: float = 30 * 86400.0
     attempts_kept_s: float = 30 * 86400.0
     disable_after_s: float | None = 5 * 86400.0  # of nothing but failures; None: never
+    log_failures: bool = True
+    log_successes: float = 0.0  # a share
 
 
 class Engine:
@@ -96,6 +99,7 @@ class Engine:
         shards: int = 1,
         member: int = 0,
         telemetry: Telemetry | None = None,
+        spans: Spans | None = None,
         wall: Callable[[], float] = time.time,
         dice: random.Random | None = None,
     ) -> None:
@@ -158,6 +162,8 @@ class Engine:
             wall=wall,
             dice=self._dice,
         )
+        self.deliverer.spans = spans
+        self._tell_journal(settings)
 
     # ── life ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -175,6 +181,7 @@ class Engine:
         self.settings = settings
         self.ledger.disable_after_s = settings.disable_after_s
         self.share_limits(self._parts)
+        self._tell_journal(settings)
         self._transport.use_guard(guard)
         self.deliverer.reconfigure(guard, settings.jitter)
         if self._reader is not None:
@@ -188,6 +195,11 @@ class Engine:
         lanes.retries_queued_max = lanes.queued_max // RETRIES_SHARE
         lanes.in_flight_max = max(1, settings.max_in_flight // parts)
         self.ledger.buffered_max = BUFFERED_MAX // parts
+
+    def _tell_journal(self, settings: EngineSettings) -> None:
+        journal = self.deliverer.journal
+        journal.failures, journal.successes = settings.log_failures, settings.log_successes
+        self.deliverer.logs_successes = settings.log_successes > 0.0
 
     async def run(self) -> None:
         """Run sessions until stopped. Raises SchemaMismatch and ConfigurationError, since no waiting mends those."""

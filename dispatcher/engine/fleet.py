@@ -32,6 +32,7 @@ from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.shards import Moves, moves
 from dispatcher.engine.engine import Engine, EngineSettings
 from dispatcher.engine.leases import CLOSE_S, FLEET, HEARTBEAT_S, Instance, until_rung
+from dispatcher.engine.spans import Spans
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import DatabaseUnreachable
 from dispatcher.store.database import TROUBLE, close, connect
@@ -58,6 +59,7 @@ class Fleet:
         guard: Guard,
         vault: Vault,
         ids: DeliveryIds,
+        spans: Spans | None = None,
         wall: Callable[[], float] = time.time,
         dice: random.Random | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class Fleet:
         self._guard = guard
         self._vault = vault
         self._ids = ids
+        self._spans = spans
         self._wall = wall
         self._dice = dice or random.Random()  # noqa: S311  spreads load, guards nothing
         self._member = self._dice.randint(1, MEMBER_MAX)
@@ -225,6 +228,7 @@ class Fleet:
             shards=count,
             member=self._member,
             telemetry=self.telemetry,
+            spans=self._spans,
             wall=self._wall,
             dice=self._dice,
         )

@@ -258,7 +258,7 @@ class OutboxReader:
         """
         pairs: list[tuple[Event, Endpoint]] = []
         match = self.registry.match
-        for _, _, _, seq, xid, event_id, account, type_, data, created_at, written_at in rows:
+        for _, _, _, seq, xid, event_id, account, type_, data, created_at, written_at, traceparent in rows:
             endpoints = match(account, type_)
             if not endpoints and not self._has_duties:
                 continue
@@ -267,9 +267,10 @@ class OutboxReader:
             except Undeliverable as error:
                 if self._has_duties:
                     self._ledger.discard_event(seq, str(error))
+                    self._deliverer.journal.discarded_event(event_id, account, type_, str(error))
                 continue
             if endpoints:
-                event = Event(seq, xid, written_at, payload)
+                event = Event(seq, xid, written_at, payload, traceparent)
                 pairs += [
                     (event, endpoint)
                     for endpoint in endpoints

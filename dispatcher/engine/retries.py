@@ -355,7 +355,8 @@ class Retries:
 
     def _recall(self, row: Any, kind: Row) -> bool:
         """Make a delivery of a pending row and hand it over; False if its lane cannot take it now."""
-        endpoint_id, seq, generation, attempts, _, _, xid, written_at, event_id, _, type_, data, created_at = row
+        endpoint_id, seq, generation, attempts, _, _, xid, written_at = row[:8]
+        event_id, _, type_, data, created_at, traceparent = row[8:]
         key = (endpoint_id, seq, generation)
         if key in self._deliverer.rows or (kind is Row.HELD and self._has_left(key)):
             return True
@@ -372,7 +373,7 @@ class Retries:
         except Undeliverable as error:
             self._bury_row(row, str(error))
             return True
-        event = Event(seq, xid, written_at, payload)
+        event = Event(seq, xid, written_at, payload, traceparent)
         return self._deliverer.recall(
             Delivery(event, subscriber, None, generation=generation, attempts=attempts, row=kind)
         )

@@ -64,14 +64,18 @@ class EventStore:
         type: str,  # noqa: A002
         data: str,
         idempotency_key: str | None = None,
+        *,
+        traceparent: str | None = None,
     ) -> tuple[EventRecord, bool]:
         """Write an event; return it, and whether it is new: with a key that was used before, it is the first one.
+
+        `traceparent` names the trace it belongs to.
 
         Raises IdempotencyConflict when it was used for something else.
         """
         made = new_id(ID_PREFIX, time.time(), secrets.token_bytes(10))
         try:
-            row = await self._db.fetchrow(self._sql["emit"], account, type, data, idempotency_key, made)
+            row = await self._db.fetchrow(self._sql["emit"], account, type, data, idempotency_key, made, traceparent)
         except asyncpg.UniqueViolationError as error:
             raise IdempotencyConflict(error.detail or "another event was made with it") from None
         if row["id"] == made:

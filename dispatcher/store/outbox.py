@@ -39,9 +39,9 @@ class Cursor:
 class Page:
     """Rows of one page, the cursor once they are all resolved, and what the poll learnt on the way.
 
-    `rows` are records (seq, xid, id, account, type, data text, created_at, written_at) behind three columns of the
-    header; data or created_at is None where nothing could be made of it. `registry` is the version of the webhook
-    registry in the page's own snapshot, None on a further page of a difference.
+    `rows` are records (seq, xid, id, account, type, data text, created_at, written_at, traceparent) behind three
+    columns of the header; data or created_at is None where nothing could be made of it. `registry` is the version of
+    the webhook registry in the page's own snapshot, None on a further page of a difference.
     """
 
     rows: list[Any]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
 
@@ -45,6 +45,7 @@ LOCK_TIMEOUT: Final = "500ms"  # DDL that cannot have its lock soon comes back l
 DROP_TIMEOUT: Final = "50ms"  # every INSERT of every producer queues behind this one
 TABLES: Final = ("outbox", "attempt")
 CLOCKS: Final = {"outbox": "written_at", "attempt": "at"}  # their partition keys
+ASTRAY: Final = {"outbox": "astray_outbox", "attempt": "astray_attempt"}
 
 _BUSY: Final = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
 
@@ -202,7 +203,7 @@ class Retention:
             done.astray[table] = left
 
     async def _astray(self, table: str) -> dict[date, int]:
-        return {row["day"]: row["rows"] for row in await self._db.fetch(self._sql[f"astray_{table}"], COUNT_MAX)}
+        return {row["day"]: row["rows"] for row in await self._db.fetch(self._sql[ASTRAY[table]], COUNT_MAX)}
 
     async def _move(self, table: str, day: date) -> int:
         """Move a day out of the DEFAULT partition into one of its own; return how many rows it has."""
@@ -216,23 +217,19 @@ class Retention:
 
     async def _prune_rows(self, at: datetime, done: Pruned) -> None:
         limits = {table: min(await self._limits(table, at)) for table in TABLES}
-        for table, arguments in self._small(limits, at).items():
+        for table, statement, before in (
+            ("outbox_default", "prune_outbox_default", limits["outbox"]),
+            ("attempt_default", "prune_attempt_default", limits["attempt"]),
+            ("idempotency", "prune_idempotency", at - timedelta(hours=24)),
+            ("discarded_event", "prune_discarded_event", limits["outbox"]),
+        ):
             for _ in range(STEPS_MAX):
-                status = await self._db.execute(self._sql[f"prune_{table}"], *arguments, STEP_ROWS)
+                status = await self._db.execute(self._sql[statement], before, STEP_ROWS)
                 rows = int(status.split()[-1])
                 if rows:
                     done.deleted[table] = done.deleted.get(table, 0) + rows
                 if rows < STEP_ROWS:
                     break
-
-    @staticmethod
-    def _small(limits: Mapping[str, datetime], at: datetime) -> dict[str, tuple[datetime, ...]]:
-        return {
-            "outbox_default": (limits["outbox"],),
-            "attempt_default": (limits["attempt"],),
-            "idempotency": (at - timedelta(hours=24),),
-            "discarded_event": (limits["outbox"],),
-        }
 
     # ── foreseen ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -6,6 +6,7 @@ database that is away is 503 with Retry-After; a fault of ours is 500 and is log
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import time
@@ -15,6 +16,7 @@ from typing import Final
 import asyncpg
 import structlog
 from aiohttp import web
+from structlog.contextvars import bound_contextvars
 
 from dispatcher.model import new_id
 from dispatcher.store.database import TROUBLE
@@ -40,15 +42,18 @@ async def boundary(
     given = request.headers.get("X-Request-Id", "")
     request[_ID] = given if _is_request_id(given) else new_id("req_", time.time(), secrets.token_bytes(10))
     start = time.perf_counter()
-    response = await _answer(request, handler)
-    log.debug(
-        "request",
-        id=request[_ID],
-        method=request.method,
-        path=request.path,
-        status=response.status,
-        duration_ms=round((time.perf_counter() - start) * 1e3, 2),
-    )
+    with bound_contextvars(request_id=request[_ID]):
+        response = await _answer(request, handler)
+        status = response.status
+        level = logging.DEBUG if status < 400 else logging.WARNING if status == 500 else logging.INFO
+        log.log(
+            level,
+            "request",
+            method=request.method,
+            path=request.path,
+            status=status,
+            duration_ms=round((time.perf_counter() - start) * 1e3, 2),
+        )
     return response
 
 
@@ -58,7 +63,7 @@ async def _answer(
     try:
         return await handler(request)
     except Exception as error:  # noqa: BLE001  it is logged, or told
-        return problem_of(request, error).response()
+        return problem_of(request, error).response(request[_ID])
 
 
 def problem_of(request: web.Request, error: Exception) -> Problem:
@@ -70,9 +75,9 @@ def problem_of(request: web.Request, error: Exception) -> Problem:
             raise error
         return of_http(error)
     if isinstance(error, TROUBLE) and _is_away(error):
-        log.warning("request.unavailable", id=request[_ID], error=str(error) or type(error).__name__)
+        log.warning("request.unavailable", error=str(error) or type(error).__name__)
         return unavailable(RETRY_AFTER_S)
-    log.error("request.failed", id=request[_ID], method=request.method, path=request.path, exc_info=error)
+    log.error("request.failed", method=request.method, path=request.path, exc_info=error)
     return Problem(500, "internal_error", f"This is our fault. It was logged under {request[_ID]}.")
 
 

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from dispatcher.core.catalogue import EventType
 from dispatcher.core.rendering import TYPE_BYTES_MAX, check_data, is_type
+from dispatcher.core.traces import is_traceparent
 from dispatcher.errors import Undeliverable
 from dispatcher.store.events import EventRecord, IdempotencyConflict
 from dispatcher.web.answers import answer, moment, no_query, page, wanted
@@ -56,6 +57,13 @@ _KEY: Final = Parameter(
     {"type": "string", "pattern": "^[ -~]{1,255}$"},
     place="header",
 )
+_TRACE: Final = Parameter(
+    "traceparent",
+    "W3C Trace Context: the trace that the event belongs to. Subscribers get it with each delivery. What is none is "
+    "ignored.",
+    {"type": "string"},
+    place="header",
+)
 _TYPE: Final = Parameter("type", "Only events of this type.", {"type": "string", "maxLength": TYPE_BYTES_MAX})
 
 
@@ -77,7 +85,7 @@ class Events:
     @operation(
         "Events",
         body=NewEvent,
-        parameters=[_KEY],
+        parameters=[_KEY, _TRACE],
         answers={
             201: Answer(EventAnswer, "The event is committed and will be delivered.", headers=("Location",)),
             200: Answer(EventAnswer, "The event that this Idempotency-Key made before.", headers=("Location",)),
@@ -95,7 +103,9 @@ class Events:
         except Undeliverable as reason:
             raise invalid([FieldError("data", str(reason))]) from None
         try:
-            event, is_new = await self._web.events.emit(caller(request).account, body.type, data.decode(), key)
+            event, is_new = await self._web.events.emit(
+                caller(request).account, body.type, data.decode(), key, traceparent=_traceparent(request)
+            )
         except IdempotencyConflict as conflict:
             detail = f"This Idempotency-Key was used within 24 hours with another type or other data: {conflict}."
             raise Problem(409, "idempotency_conflict", detail) from None
@@ -146,6 +156,11 @@ def _idempotency_key(request: web.Request) -> str | None:
     if key is not None and not _is_idempotency_key(key):
         raise invalid([FieldError(KEY_HEADER, "expected 1 to 255 printable ASCII characters")])
     return key
+
+
+def _traceparent(request: web.Request) -> str | None:
+    given = request.headers.get("traceparent", "")
+    return given if is_traceparent(given) else None
 
 
 def _check_type(text: str) -> Iterator[FieldError]:

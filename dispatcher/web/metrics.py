@@ -25,6 +25,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dispatcher import __version__
+from dispatcher.logs import dropped_lines
 from dispatcher.model import SETTLED, DeliveryState, EndpointStatus, Result
 from dispatcher.telemetry import LONG_SECONDS, OPERATIONS, SECONDS, SIZES, HistogramData, Snapshot
 from dispatcher.web.answers import answer
@@ -64,6 +65,7 @@ class SnapshotCollector(Collector):
         yield from self._histograms(s)
         yield from self._gauges(s)
         yield from self._tables(s)
+        yield _counter("log_lines_dropped", "Log lines that nobody took: a full pipe, a full disk", dropped_lines())
 
     @staticmethod
     def _histograms(s: Snapshot) -> Iterator[Metric]:

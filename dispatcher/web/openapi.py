@@ -431,6 +431,7 @@ _PROBLEM_SCHEMAS: Final[Json] = {
             "status": {"type": "integer"},
             "code": {"type": "string", "enum": list(PROBLEMS)},
             "detail": {"type": "string"},
+            "request_id": {"type": "string", "description": "That of the X-Request-Id header, and of the log."},
         },
         "required": ["type", "title", "status", "code", "detail"],
     },

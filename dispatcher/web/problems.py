@@ -5,7 +5,8 @@
 
 `code` is stable and meant for programs, `detail` and `message` for people. `errors` stands there with 422 only, and
 then names every field that is wrong, not just the first: `url`, `events[1]`, `headers.X-Foo`, or an empty text for the
-body as a whole. Nothing of the program's inside is ever told: a fault of ours says under which request id it is logged.
+body as a whole. `request_id` is that of the answer's X-Request-Id, and of the log. Nothing of the program's inside is
+ever told: a fault of ours says under which request id it is logged.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Problem(Exception):
         self.errors = tuple(errors)
         self.headers = dict(headers or {})
 
-    def response(self) -> web.Response:
-        """The answer."""
+    def response(self, request_id: str = "") -> web.Response:
+        """The answer; `request_id` is what the log knows the request by."""
         document: dict[str, object] = {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
@@ -60,6 +61,8 @@ class Problem(Exception):
         }
         if self.errors:
             document["errors"] = self.errors
+        if request_id:
+            document["request_id"] = request_id
         return web.Response(
             body=msgspec.json.encode(document), status=self.status, content_type=CONTENT_TYPE, headers=self.headers
         )

@@ -142,7 +142,7 @@ class Shelf:
         payload = event.payload
         return (
             row[0], row[1], row[2], row[6], row[7], row[5], row[3], row[4], payload.event_id, "default",
-            payload.type, "{}", EPOCH,
+            payload.type, "{}", EPOCH, None,
         )  # fmt: skip
 
 

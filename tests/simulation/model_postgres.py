@@ -69,7 +69,7 @@ class Event:
 
     @property
     def columns(self) -> tuple[Any, ...]:
-        return (self.seq, self.xid, self.id, self.account, self.type, self.data, self.created_at, self.written_at)
+        return (self.seq, self.xid, self.id, self.account, self.type, self.data, self.created_at, self.written_at, None)
 
 
 class Transaction:
@@ -460,7 +460,7 @@ def _difference(
 @_reads("outbox", "first_page")
 def _first_page(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
     running, xmax, at_xid, at_seq, since_running, since, limit = bounds
-    header = (server.snapshot(), server.clock(), server.registry_version, *(None,) * 8)
+    header = (server.snapshot(), server.clock(), server.registry_version, *(None,) * 9)
     found = _difference(server, running, xmax, (at_xid, at_seq), (since_running, since))
     return [header, *((None, None, None, *event.columns) for event, _ in zip(found, range(limit), strict=False))]
 
@@ -647,9 +647,9 @@ def _with_event(server: ModelPostgres, row: tuple[Any, ...]) -> tuple[Any, ...]:
     endpoint, seq, generation, xid, at, state, attempts, due, _ = row
     event = server.event_by_seq.get(seq)
     if event is None or event.xid != xid or event.written_at != at:
-        found: tuple[Any, ...] = (None,) * 5
+        found: tuple[Any, ...] = (None,) * 6
     else:
-        found = (event.id, event.account, event.type, event.data, event.created_at)
+        found = (event.id, event.account, event.type, event.data, event.created_at, None)
     return (endpoint, seq, generation, attempts, due, state, xid, at, *found)
 
 

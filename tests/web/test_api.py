@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gzip
+import io
 import json
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 
+from dispatcher.config import Log as LogSettings
 from dispatcher.core.addresses import Guard
+from dispatcher.logs import start_logging
 from dispatcher.store.endpoints import EndpointHealth
 from dispatcher.web import bodies, changes
 from dispatcher.web.parts import Web
@@ -658,6 +661,35 @@ async def test_every_answer_carries_the_same_head(api: Api) -> None:
 async def test_a_request_id_that_is_none_is_replaced(api: Api, given: str) -> None:
     answer = await api("GET", "/v1/webhooks", headers={"X-Request-Id": given})
     assert answer.headers["X-Request-Id"].startswith("req_")
+
+
+async def test_one_request_id_is_in_the_head_in_the_problem_and_in_every_line_of_the_log(
+    api: Api, log_stream: io.StringIO
+) -> None:
+    start_logging(LogSettings(format="json"), log_stream)
+    answer = await api("GET", "/v1/webhooks/none?x=\n", headers={"X-Request-Id": "trace-3"})
+    assert answer.json["request_id"] == answer.headers["X-Request-Id"] == "trace-3"
+    lines = [json.loads(line) for line in log_stream.getvalue().splitlines()]
+    [line] = [line for line in lines if line["event"] == "request"]
+    assert (line["request_id"], line["path"], line["status"]) == ("trace-3", "/v1/webhooks/none", answer.status)
+    assert line["level"] == "info"
+    await api("GET", "/v1/webhooks")
+    assert len(log_stream.getvalue().splitlines()) == len(lines), "what succeeds is a matter of debug"
+
+
+async def test_trace_of_an_event_that_is_emitted_over_http_is_the_callers(api: Api, database: str) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    found = []
+    for given in (trace, "nonsense", None):
+        headers = {"traceparent": given} if given else {}
+        made = await api("POST", "/v1/events", {"type": "email.sent", "data": {}}, headers=headers)
+        assert made.status == 201
+        connection = await asyncpg.connect(database)
+        found.append(
+            await connection.fetchval("SELECT traceparent FROM dispatcher.outbox WHERE id = $1", made.json["id"])
+        )
+        await connection.close()
+    assert found == [trace, "", ""]
 
 
 async def test_a_fault_of_ours_tells_nothing_but_its_request_id(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from dispatcher.telemetry import LONG_SECONDS, Histogram, Snapshot, TableSize
 from dispatcher.web.metrics import build_metrics_app
 from dispatcher.web.server import serve
 
-COUNTERS = {"events", "deliveries", "attempts", "database_losses"}
+COUNTERS = {"events", "deliveries", "attempts", "database_losses", "log_lines_dropped"}
 HISTOGRAMS = {"attempt_duration_seconds", "delivery_latency_seconds", "settle_batch_size", "database_seconds"}
 GAUGES = {
     "outbox_lag_seconds", "outbox_backlog", "in_flight", "retries_waiting", "oldest_pending_seconds", "endpoints",

@@ -3,8 +3,10 @@
 -- The reason is a subquery and not a join: one probe per event shown, whatever the planner thinks of the tables.
 
 -- name: emit
--- now() is the transaction's clock, here and inside: the two are equal.
-SELECT dispatcher.emit($2::text, $3::json, account => $1::text, idempotency_key => $4::text, id => $5::text) AS id,
+-- now() is the transaction's clock, here and inside: the two are equal. The trace is the outbox row's by default, as long as
+-- this statement lasts; a target list is evaluated from its beginning.
+SELECT set_config('dispatcher.traceparent', coalesce($6::text, ''), true),
+       dispatcher.emit($2::text, $3::json, account => $1::text, idempotency_key => $4::text, id => $5::text) AS id,
        now() AS created_at;
 
 -- name: get

@@ -6,16 +6,17 @@
 -- One statement, one snapshot: the header row carries it, so whatever the rest shows is visible in it.
 SELECT pg_current_snapshot() AS snapshot, clock_timestamp() AS at, (SELECT version FROM dispatcher.registry) AS registry,
        NULL::bigint AS seq, NULL::xid8 AS xid, NULL::text AS id, NULL::text AS account, NULL::text AS type, NULL::text AS data,
-       NULL::timestamptz AS created_at, NULL::timestamptz AS written_at
+       NULL::timestamptz AS created_at, NULL::timestamptz AS written_at,
+       NULL::text AS traceparent
 UNION ALL
 (SELECT * FROM (
     SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, o.*
     FROM unnest($1::xid8[]) AS x (xid) CROSS JOIN LATERAL (
-        SELECT seq, xid, id, account, type, data, created_at, written_at FROM dispatcher.event
+        SELECT seq, xid, id, account, type, data, created_at, written_at, traceparent FROM dispatcher.event
         WHERE xid = x.xid AND seq > CASE WHEN x.xid = $3::xid8 THEN $4::bigint ELSE 0 END AND written_at >= $5
         ORDER BY xid, seq LIMIT $7) AS o
     UNION ALL
-    (SELECT NULL, NULL, NULL, seq, xid, id, account, type, data, created_at, written_at FROM dispatcher.event
+    (SELECT NULL, NULL, NULL, seq, xid, id, account, type, data, created_at, written_at, traceparent FROM dispatcher.event
      WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND written_at >= $6
      ORDER BY xid, seq LIMIT $7)) AS page LIMIT $7);
 
@@ -24,19 +25,19 @@ UNION ALL
 SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, page.* FROM (
     SELECT o.*
     FROM unnest($1::xid8[]) AS x (xid) CROSS JOIN LATERAL (
-        SELECT seq, xid, id, account, type, data, created_at, written_at FROM dispatcher.event
+        SELECT seq, xid, id, account, type, data, created_at, written_at, traceparent FROM dispatcher.event
         WHERE xid = x.xid AND seq > CASE WHEN x.xid = $3::xid8 THEN $4::bigint ELSE 0 END AND written_at >= $5
           AND pg_visible_in_snapshot(xid, $8)
         ORDER BY xid, seq LIMIT $7) AS o
     UNION ALL
-    (SELECT seq, xid, id, account, type, data, created_at, written_at FROM dispatcher.event
+    (SELECT seq, xid, id, account, type, data, created_at, written_at, traceparent FROM dispatcher.event
      WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND xid < pg_snapshot_xmax($8) AND written_at >= $6
        AND pg_visible_in_snapshot(xid, $8)
      ORDER BY xid, seq LIMIT $7)) AS page LIMIT $7;
 
 -- name: reread
 -- After a restore: events by the clock instead of by foreign transaction ids. Three empty columns stand for the header's.
-SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, seq, xid, id, account, type, data, created_at, written_at
+SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, seq, xid, id, account, type, data, created_at, written_at, traceparent
 FROM dispatcher.event WHERE written_at >= $1 ORDER BY xid, seq;
 
 -- name: born

@@ -1,0 +1,87 @@
+"""The log of deliveries: one wide line for each attempt that failed, and for a share of those that did not.
+
+A line has all that is needed to go on from it: the ids by which API and dashboard know webhook, event and delivery,
+what the request came to, and when it is tried again. The keys are stable and documented in the README.
+
+It is asked about failures only, unless a share of successes is wanted; what succeeds then costs one comparison. What
+is settled without a request (its webhook was deleted) has no line: there may be a hundred thousand at once, and all
+are on record.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+
+from dispatcher.core.ids import DeliveryIds
+from dispatcher.core.traces import trace_id
+from dispatcher.logs import Wide
+from dispatcher.model import Attempt, DeliveryState
+
+if TYPE_CHECKING:
+    from dispatcher.engine.deliverer import Delivery
+
+LEVELS: Final = {
+    DeliveryState.DELIVERED.value: logging.INFO,
+    DeliveryState.RETRYING.value: logging.INFO,
+    DeliveryState.EXHAUSTED.value: logging.WARNING,
+    DeliveryState.DISCARDED.value: logging.WARNING,
+}
+
+
+class Journal:
+    """Writes the lines. `failures` and `successes` (a share, 0 to 1) may change at any time."""
+
+    def __init__(self, ids: DeliveryIds, *, failures: bool = True, successes: float = 0.0) -> None:
+        self.failures = failures
+        self.successes = successes
+        self._ids = ids
+        self._lines = Wide("dispatcher.deliveries")
+        self._due = 0.0  # of a line for a success
+
+    def failed(
+        self, delivery: Delivery, attempt: Attempt, state: str, number: int, next_attempt_at: datetime | None
+    ) -> None:
+        """An attempt failed."""
+        if self.failures:
+            self._write(delivery, attempt, state, number, next_attempt_at)
+
+    def succeeded(self, delivery: Delivery, attempt: Attempt, number: int) -> None:
+        """An attempt succeeded: every so manieth has a line."""
+        self._due += self.successes
+        if self._due >= 1.0:
+            self._due -= 1.0
+            self._write(delivery, attempt, DeliveryState.DELIVERED.value, number, None)
+
+    def discarded_event(self, event_id: str, account: str, type_: str, reason: str) -> None:
+        """No body can be made of an event."""
+        if self.failures:
+            fields = {"account": account, "event_id": event_id, "type": type_, "reason": reason}
+            self._lines.write(logging.WARNING, "event.discarded", fields)
+
+    def _write(
+        self, delivery: Delivery, attempt: Attempt, state: str, number: int, next_attempt_at: datetime | None
+    ) -> None:
+        level = LEVELS[state]
+        if not self._lines.is_on(level):
+            return
+        endpoint, event = delivery.subscriber.endpoint, delivery.event
+        self._lines.write(
+            level,
+            f"delivery.{state}",
+            {
+                "account": endpoint.account,
+                "webhook": endpoint.public_id,
+                "delivery": self._ids.id_of(endpoint.id, event.seq, delivery.generation),
+                "event_id": event.payload.event_id,
+                "type": event.payload.type,
+                "attempt": number,
+                "result": attempt.result.value,
+                "status": attempt.status or None,
+                "duration_ms": round(attempt.duration_s * 1e3, 1),
+                "error": attempt.error,
+                "next_attempt_at": next_attempt_at and f"{next_attempt_at:%Y-%m-%dT%H:%M:%S.%f}Z",
+                "trace_id": trace_id(event.traceparent),
+            },
+        )
