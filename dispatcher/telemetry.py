@@ -84,8 +84,7 @@ class TableSize(msgspec.Struct, frozen=True):
     table: str
     bytes: int
     rows: int  # PostgreSQL's estimate
-    partitions: int  # days
-    ahead_unix_s: float | None  # end of the last day there is a partition for; None: not partitioned
+    partitions: int  # days; 0 if it has none
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -119,7 +119,7 @@ class SnapshotCollector(Collector):
             return
         sizes = {table.table: table.bytes for table in s.tables}
         rows = {table.table: table.rows for table in s.tables}
-        days = {table.table: table.partitions for table in s.tables if table.ahead_unix_s is not None}
+        days = {table.table: table.partitions for table in s.tables if table.partitions}
         astray = {table: s.astray_rows.get(table, 0) for table in days}
         yield _gauges("table_bytes", "Size on disk, with partitions, indexes and TOAST", "table", (), sizes)
         yield _gauges("table_rows", "Rows, by PostgreSQL's estimate", "table", (), rows)

@@ -42,13 +42,10 @@ FROM (SELECT at FROM dispatcher.attempt_default LIMIT $1::integer) AS found GROU
 SELECT dispatcher.move_from_default($1, $2, $3);
 
 -- name: sizes
--- Each table with its partitions, indexes and TOAST. Rows are the planner's estimate; `ahead_unix_s` is the end of the last
--- day there is a partition for.
+-- Each table with its partitions, indexes and TOAST. Rows are the planner's estimate.
 SELECT t.name AS table, sum(pg_total_relation_size(c.oid))::bigint AS bytes,
        sum(greatest(c.reltuples, 0)) FILTER (WHERE c.relkind = 'r')::bigint AS rows,
-       (count(*) FILTER (WHERE c.relispartition AND c.relname ~ '_[0-9]{8}$'))::integer AS partitions,
-       extract(epoch FROM max(to_date(right(c.relname, 8), 'YYYYMMDD') + 1)
-                          FILTER (WHERE c.relispartition AND c.relname ~ '_[0-9]{8}$'))::float8 AS ahead_unix_s
+       (count(*) FILTER (WHERE c.relispartition AND c.relname ~ '_[0-9]{8}$'))::integer AS partitions
 FROM unnest(ARRAY['outbox', 'attempt', 'pending', 'idempotency', 'discarded_event', 'replay']) AS t (name)
 JOIN pg_class p ON p.oid = ('dispatcher.' || t.name)::regclass
 JOIN pg_class c ON c.oid = p.oid OR c.oid IN (SELECT i.inhrelid FROM pg_inherits i WHERE i.inhparent = p.oid)
