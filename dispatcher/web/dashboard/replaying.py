@@ -65,14 +65,15 @@ class ReplayPages:
         raise web.HTTPSeeOther(f"/webhooks/{request.match_info['id']}/replay?note=replaying")
 
     async def cancel(self, request: web.Request) -> web.StreamResponse:
-        """End one that is under way."""
+        """End one that is under way, and take back what it queued and nobody has attempted."""
         endpoint_id = await self._desk.log.deliveries.endpoint(*named(request))
         if endpoint_id is None:
             raise not_found("webhook")
         record = await self._desk.log.replays.cancel(endpoint_id, request.match_info["job"], CANCELLED)
         if record is None:
             raise not_found("replay")
-        raise web.HTTPSeeOther(f"/webhooks/{request.match_info['id']}/replay?note=cancelled")
+        note = "?note=cancelled" if record.status == "cancelled" else ""
+        raise web.HTTPSeeOther(f"/webhooks/{request.match_info['id']}/replay{note}")
 
     async def _page(
         self, request: web.Request, form: Mapping[str, str], errors: Errors, preview: PreviewAnswer | None

@@ -369,6 +369,9 @@ async def test_a_replay_can_be_cancelled(house: House, browser: Browser, rival: 
     answer = await browser.post(f"{address}/replays/{job}/cancel")
     assert answer.location == f"{address}/replay?note=cancelled"
     assert "cancelled by its owner" in (await browser.get(f"{address}/replay")).words
+    assert (await browser.post(f"{address}/replays/{job}/cancel")).location == f"{address}/replay?note=cancelled"
+    await house.db.execute("UPDATE dispatcher.replay SET status = 'done', reason = NULL")
+    assert (await browser.post(f"{address}/replays/{job}/cancel")).location == f"{address}/replay"
     assert (await browser.post(f"{address}/replays/rpl_none/cancel")).status == 404
 
 
