@@ -239,9 +239,9 @@ def migrate(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
 @click.option("--dry-run", "-n", is_flag=True, help="Only say what would be made and dropped.")
 @json_option
 def prune(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Drop history that is older than [retention] says, and make the coming days' partitions, now.
+    """Drop history older than [retention] says, now.
 
-    The daemon does this by itself every ten minutes; beside it, and beside another prune, this waits for its turn. What
+    And make the coming days' partitions. The daemon does this by itself every ten minutes; beside it, and beside another prune, this waits for its turn. What
     a delivery still needs is kept, however old it is. What somebody's transaction is in the way of is postponed.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from stage import Stage, open_stage
+from arena import Stage, open_stage
 
 
 @pytest.fixture

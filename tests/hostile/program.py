@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from stage import PATIENCE_S
+from arena import PATIENCE_S
 
 DISPATCHER = [sys.executable, "-c", "from dispatcher.cli.operator import main; main()"]
 

@@ -12,8 +12,8 @@ from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 import pytest
+from arena import Stage, answer_well, open_stage, read_request
 from notations import REFUSED_HOSTS
-from stage import Stage, answer_well, open_stage, read_request
 
 from dispatcher.core import addresses
 from dispatcher.core.addresses import METADATA_NAMES, REFUSED, Guard

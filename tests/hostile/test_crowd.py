@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stage import PATIENCE_S, Growth, open_stage
+from arena import PATIENCE_S, Growth, open_stage
 
 from dispatcher.model import Result
 

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from arena import TIMEOUT_S, Stage, read_request, say_nothing
 from responses import LIES, OK, Lie
-from stage import TIMEOUT_S, Stage, read_request, say_nothing
 
 from dispatcher.core.backoff import RETRY_AFTER_S_MAX
 from dispatcher.engine.dialer import Dialer

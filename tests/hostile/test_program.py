@@ -15,9 +15,9 @@ from typing import Any
 
 import asyncpg
 import pytest
+from arena import PATIENCE_S, Host, answer_well, read_request, resident_bytes, say_nothing
 from program import Program
 from responses import LIES
-from stage import PATIENCE_S, Host, answer_well, read_request, resident_bytes, say_nothing
 from test_peers import tell
 
 from dispatcher.core.signing import Signer

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import trustme
+from arena import Stage, answer_well, open_stage, say_nothing
 from responses import OK
-from stage import Stage, answer_well, open_stage, say_nothing
 
 from dispatcher.model import Result
 
