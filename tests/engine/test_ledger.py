@@ -105,6 +105,33 @@ async def test_full_ledger_stops_the_sending_and_the_commit_starts_it_again() ->
     desk.check_settled()
 
 
+@pytest.mark.parametrize("window", [1, 7, 16])
+async def test_a_crash_repeats_at_most_twice_what_is_buffered_and_in_flight(window: int) -> None:
+    """While one flush hangs, the next collects: what is answered and not on record, and what is out, has this end."""
+    buffered_max, in_flight_max = 20, 16
+    desk = Desk(endpoint(1, max_concurrency=window), endpoint(2, max_concurrency=window), in_flight_max=in_flight_max)
+    desk.ledger._buffered_max = buffered_max
+    desk.shelf.late = asyncio.Event()
+    for _ in range(300):
+        desk.emit()
+
+    def answer_all() -> None:
+        while desk.out:
+            desk.answer(next(iter(desk.out)), 200)
+
+    answer_all()
+    flushing = asyncio.create_task(desk.flush())
+    await asyncio.sleep(0)
+    desk.deliverer.pump()
+    answer_all()
+    lost_by_a_crash = desk.ledger.buffered + len(desk.deliverer.in_flight)
+    assert 2 * buffered_max <= lost_by_a_crash <= 2 * (buffered_max + in_flight_max)
+    desk.deliverer.pump()
+    assert not desk.out, "it sends on although nothing is written down"
+    desk.shelf.late.set()
+    await flushing
+
+
 async def test_page_is_resolved_when_its_rows_are_written_and_not_when_they_are_buffered() -> None:
     desk = Desk(endpoint(1), endpoint(2))
     desk.emit()

@@ -159,3 +159,8 @@ async def test_a_network_that_is_closed_again_is_closed_to_what_is_dialled_next(
         while len(entries := await stage.log(webhook)) < 2:
             await asyncio.sleep(0.001)
         assert entries[1].result is Result.BLOCKED
+
+
+def test_a_translation_prefix_of_a_networks_own_is_not_known_to_be_one() -> None:
+    """RFC 6052 lets it translate under any prefix: that such an address is no way in, the network has to see to."""
+    Guard().check_address("2a00:1450:4001:64::a9fe:a9fe")

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import asyncpg
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,3 +198,12 @@ async def test_no_table_holds_a_secret_that_can_be_read(pool: asyncpg.Pool, acco
     for plain in (secret, secret[::-1], base64.b64decode(secret[6:]).decode(), key, key[8:], OLD.decode()):
         for spelled in (plain, plain.encode().hex(), base64.b64encode(plain.encode()).decode()):
             assert spelled.lower() not in dump
+
+
+async def test_a_webhooks_own_headers_and_the_events_stand_there_as_they_are(pool: asyncpg.Pool, account: int) -> None:
+    """What SECURITY.md says of them: whoever can read the database can read these."""
+    change = msgspec.structs.replace(CHANGE, headers={"Authorization": "Bearer of bad news"})
+    await EndpointStore(pool, Vault(OLD)).create(account, change, None)
+    await pool.execute("""INSERT INTO dispatcher.outbox (type, data) VALUES ('a.b', '{"a": "plain"}')""")
+    assert "Bearer of bad news" in await pool.fetchval("SELECT headers::text FROM dispatcher.endpoint")
+    assert "plain" in await pool.fetchval("SELECT data::text FROM dispatcher.outbox")
