@@ -169,6 +169,21 @@ async def test_the_log_is_filtered_in_the_address(window: Window, stage: Stage):
     await expect(rows).to_have_count(2)
 
 
+async def test_the_log_announces_what_is_new_and_moves_nothing(window: Window, stage: Stage):
+    webhook = await stage.webhook("/log", events=["log.*"])
+    await stage.delivery(webhook["id"], "delivered", await stage.emit("log.first"))
+    page = await window.open(f"/webhooks/{webhook['id']}/deliveries")
+    row = page.locator("#log tbody tr").first
+    await expect(row).to_be_visible()
+    key = await row.get_attribute("data-key")
+    await stage.emit("log.second")
+    news = page.get_by_role("button", name="1 new")
+    await expect(news).to_be_visible()
+    assert await row.get_attribute("data-key") == key
+    await news.click()
+    await expect(row).to_contain_text(re.compile("log.\u200b?second"))
+
+
 async def test_the_overview_shows_what_happens_as_it_happens(window: Window, stage: Stage):
     await stage.webhook("/feed", events=["feed.*"])
     page = await window.open("/")

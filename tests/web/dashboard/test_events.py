@@ -127,3 +127,12 @@ async def test_another_accounts_events_are_nowhere(house: House, rival: Browser)
     assert shown((await rival.get("/events")).text) == []
     assert (await rival.get(f"/events?id={event['id']}")).status == 422
     assert shown((await rival.get(f"/events?before={event['id']}")).text) == []
+
+
+async def test_deliveries_to_another_accounts_webhook_are_not_shown(house: House, browser: Browser):
+    """There are none, unless something else went wrong: then this page does not tell of it."""
+    event = await house.event()
+    theirs = await house.webhook("rival", url="https://theirs.example/")
+    await house.attempt(theirs["id"], event, "delivered")
+    await house.pending(theirs["id"], await house.event())
+    assert "theirs.example" not in (await browser.get(f"/events/{event['id']}")).text
