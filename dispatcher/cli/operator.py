@@ -241,8 +241,8 @@ def migrate(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
 def prune(config_file: Path | None, dry_run: bool, as_json: bool) -> None:
     """Drop history older than [retention] says, now.
 
-    And make the coming days' partitions. The daemon does this by itself every ten minutes; beside it, and beside another
-    prune, this waits for its turn. What a delivery still needs is kept, however old it is. What somebody's transaction is
+    And make the coming days' partitions. The daemon does this by itself every ten minutes; beside it, and another
+    prune, this waits for its turn. What a delivery still needs is kept, however old. What somebody's transaction is
     in the way of is postponed.
     """
 

@@ -110,7 +110,7 @@ async def test_a_crash_repeats_at_most_twice_what_is_buffered_and_in_flight(wind
     """While one flush hangs, the next collects: what is answered and not on record, and what is out, has this end."""
     buffered_max, in_flight_max = 20, 16
     desk = Desk(endpoint(1, max_concurrency=window), endpoint(2, max_concurrency=window), in_flight_max=in_flight_max)
-    desk.ledger._buffered_max = buffered_max
+    desk.ledger.buffered_max = buffered_max
     desk.shelf.late = asyncio.Event()
     for _ in range(300):
         desk.emit()
