@@ -26,6 +26,7 @@ def fields_of(
     timestamp: str,
     signatures: Iterable[tuple[str, str]],
     body_bytes: int,
+    trace: str | None = None,
 ) -> list[tuple[str, str]]:
     """The fields in the order they are sent. `own` are the webhook's; `prefix` is the brand's, like `X-Trackpost-`."""
     return [
@@ -39,6 +40,7 @@ def fields_of(
         ("webhook-id", event_id),
         ("webhook-timestamp", timestamp),
         *signatures,
+        *([("traceparent", trace)] if trace else []),
         ("Content-Length", str(body_bytes)),
     ]
 

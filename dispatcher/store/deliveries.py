@@ -131,6 +131,7 @@ class DeliveryDetail(msgspec.Struct, frozen=True, kw_only=True):
     event_xid: int
     event_created_at: datetime | None
     data: str | None  # JSON text as it was written
+    traceparent: str | None = None  # as its application left it, at most a character too long
 
 
 class Tally(msgspec.Struct, frozen=True, kw_only=True):
@@ -309,6 +310,7 @@ class DeliveryStore:
             event_xid=xid,
             event_created_at=event["created_at"] if event else None,
             data=event["data"] if event else None,
+            traceparent=event["traceparent"] if event else None,
         )
 
     async def redeliver(self, detail: DeliveryDetail) -> DeliveryKey | None:

@@ -21,6 +21,7 @@ import msgspec
 from dispatcher.core.head import WITHHELD, fields_of, withheld
 from dispatcher.core.ids import DELIVERY_PREFIX
 from dispatcher.core.rendering import Payload, is_event_id, is_type
+from dispatcher.core.traces import is_traceparent
 from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointStatus, Result
 from dispatcher.store.deliveries import AttemptRecord, DeliveryDetail, DeliveryFilter, DeliveryRecord, Place
@@ -244,6 +245,8 @@ class Chronicle:
             timestamp=WITHHELD,
             signatures=withheld(prefix, signed=webhook.signed),
             body_bytes=len(body),
+            # Where spans are exported, each attempt names its own, which is not on record.
+            trace=WITHHELD if is_traceparent(detail.traceparent or "") else None,
         )
 
 

@@ -53,7 +53,7 @@ async def test_failed_attempt_has_one_line_with_all_that_is_known(house: House, 
         "status": 503, "error": None, "next_attempt_at": None, "trace_id": TRACE[3:35],
     }  # fmt: skip
     assert {name: line[name] for name in expected} == expected
-    assert line["duration_ms"] > 0
+    assert line["duration_ms"] >= 0
     assert house.receiver.arrivals[0].headers["X-Trackpost-Delivery"] == line["delivery"]
 
 

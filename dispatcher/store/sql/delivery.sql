@@ -89,7 +89,8 @@ CROSS JOIN LATERAL (
 -- name: event
 SELECT o.id, left(o.type, 256) AS type, o.written_at,
        CASE WHEN o.created_at >= '0002-01-01' AND o.created_at < '9999-01-01' THEN o.created_at END AS created_at,
-       CASE WHEN octet_length(o.data::text) <= $3::integer THEN o.data END AS data
+       CASE WHEN octet_length(o.data::text) <= $3::integer THEN o.data END AS data,
+       left(o.traceparent, 56) AS traceparent
 FROM dispatcher.outbox o WHERE o.xid = $1 AND o.seq = $2 LIMIT 1;
 
 -- name: attempts

@@ -23,7 +23,8 @@ key=$(case ${SECRET} in
     *) printf %s "${SECRET}" ;;
 esac | od -An -v -tx1 | tr -d ' \\n')"""
 
-_BY_CURL: Final = frozenset({"host", "content-length"})  # it knows them from the URL and the body
+# Curl knows the first two from the URL and the body; and what is repeated by hand is no part of the event's trace.
+_LEFT_OUT: Final = frozenset({"host", "content-length", "traceparent"})
 
 
 def command(url: str, fields: Iterable[tuple[str, str]], body: bytes, *, signature_prefix: str | None = None) -> str:
@@ -32,7 +33,7 @@ def command(url: str, fields: Iterable[tuple[str, str]], body: bytes, *, signatu
     """
     legacy = f"{signature_prefix or ''}signature".lower()
     made = {legacy, "webhook-signature", "webhook-timestamp"}
-    kept = [(name, value) for name, value in fields if name.lower() not in _BY_CURL | made]
+    kept = [(name, value) for name, value in fields if name.lower() not in _LEFT_OUT | made]
     if signature_prefix is None:
         return "\n".join([f"{_printing(body)} |", *_curl(url, [_field(*field) for field in kept])])
     event_id = next((value for name, value in kept if name.lower() == "webhook-id"), "")
