@@ -188,12 +188,16 @@ class Engine:
             self._reader.reload_soon()
 
     def share_limits(self, parts: int) -> None:
-        """Keep to one of so many equal parts of the limits, which are the process's."""
+        """Keep to one of so many equal parts of the limits, which are the process's.
+
+        Where more is in hand already, that is the limit until this is called again.
+        """
         self._parts = parts
         settings, lanes = self.settings, self.deliverer.lanes
-        lanes.queued_max = lanes.lane_queued_max = max(1, settings.max_queued // parts)
-        lanes.retries_queued_max = lanes.queued_max // RETRIES_SHARE
-        lanes.in_flight_max = max(1, settings.max_in_flight // parts)
+        queued_max = max(1, settings.max_queued // parts)
+        lanes.queued_max = lanes.lane_queued_max = max(queued_max, lanes.queued)
+        lanes.retries_queued_max = max(queued_max // RETRIES_SHARE, lanes.retries_queued)
+        lanes.in_flight_max = max(1, settings.max_in_flight // parts, lanes.in_flight)
         self.ledger.buffered_max = BUFFERED_MAX // parts
 
     def _tell_journal(self, settings: EngineSettings) -> None:

@@ -14,7 +14,7 @@ owner at a time, and a daemon that does not know yet that it lost its shard is b
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import model_postgres
@@ -26,6 +26,8 @@ from dispatcher.core.ids import DeliveryIds
 
 if TYPE_CHECKING:
     from world import Daemon
+
+    from dispatcher.engine.engine import Engine
 
 EARLY_S = 1e-3  # time stamps go through microseconds
 RATE_SLACK_S = 0.030  # late starts made up for, and the way to the receiver
@@ -74,13 +76,15 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         self.owed: dict[Pair, Event] = {}  # and not settled yet
         self.committed_at: dict[int, float] = {}  # by event sequence
         self.began_at: dict[int, float] = {}  # when its transaction began to write
+        self.odd: set[int] = set()  # events that cannot be sent
         self.finals: dict[Key, str] = {}
         self.logged: dict[Key, int] = {}  # highest attempt on record
         self.allowance = 0  # repeats that are within the bound
         self.repeats = 0
-        self.epoch = 0
-        self.fenced: set[str] = set()  # processes that another one has taken the shard from
-        self.reigns: Counter[str] = Counter()
+        self.epochs: Counter[int] = Counter()  # by shard
+        self.fenced: set[tuple[str, int]] = set()  # processes that another one has taken a shard from
+        self.retired: set[tuple[str, int]] = set()  # those that had given it up before, or never had it
+        self.reigns: Counter[tuple[str, int]] = Counter()
         self.arrivals: dict[tuple[Key, int], list[Arrival]] = defaultdict(list)
         self.first_at: dict[Pair, float] = {}
         self.busy: Counter[tuple[str, int, int]] = Counter()  # (process, reign, endpoint)
@@ -101,24 +105,26 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
 
     def step(self) -> None:
         for daemon in self.daemons.values():
-            if daemon.engine is not None and daemon.engine.deliverer.balance:
-                self.fail(f"{daemon}: {daemon.engine.deliverer.balance} deliveries nobody can account for")
+            for engine in daemon.engines:
+                if engine.deliverer.balance:
+                    self.fail(f"{daemon}: {engine.deliverer.balance} deliveries nobody can account for")
         self._balanced_at += 1
         if self._balanced_at % 50 == 0:
             for daemon in self.daemons.values():
-                if daemon.engine is not None:
-                    self._owners(daemon)
+                self._owners(daemon)
         if self.violation is not None:
             raise Violation(self.violation)
 
     def _owners(self, daemon: Daemon) -> None:
-        deliverer = daemon.engine.deliverer  # type: ignore[union-attr]
-        try:
-            deliverer.lanes.check()
-        except AssertionError as error:
-            self.fail(f"{daemon}: {error}")
-        queued = [getattr(entry, "item", entry) for s in deliverer.subscribers.values() for entry in s.lane.todo]
-        keys = [delivery.key for delivery in (*queued, *deliverer.in_flight)]
+        keys = []
+        for engine in daemon.engines:
+            deliverer = engine.deliverer
+            try:
+                deliverer.lanes.check()
+            except AssertionError as error:
+                self.fail(f"{daemon}: {error}")
+            queued = [getattr(entry, "item", entry) for s in deliverer.subscribers.values() for entry in s.lane.todo]
+            keys += [delivery.key for delivery in (*queued, *deliverer.in_flight)]
         if len(set(keys)) != len(keys):
             self.fail(f"{daemon}: a delivery has two owners")
 
@@ -127,7 +133,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
     def committed(self, transaction: Transaction) -> None:
         for event in transaction.events:
             self.committed_at[event.seq] = self.now()
-            self.began_at.setdefault(event.seq, self.now())
+            self.began_at.setdefault(event.seq, 0.0)  # one of the engine's own: nobody saw its transaction begin
             self.note("commit", f"event {event.seq} {event.type} xid {event.xid}")
             for webhook in self.webhooks.values():
                 if webhook.enabled and webhook.wants(event.type):
@@ -158,27 +164,38 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
             for pair in [pair for pair in owed if pair[0] == endpoint]:
                 del owed[pair]
 
-    def taken_over(self, backend: Backend | None, epoch: int) -> None:
+    def taken_over(self, backend: Backend | None, shard: int, epoch: int) -> None:
         owner = _owner(backend)
-        self.epoch = epoch
-        self.reigns[owner] += 1
-        self.fenced.discard(owner)
+        self.epochs[shard] = epoch
+        self.reigns[owner, shard] += 1
+        self.fenced.discard((owner, shard))
+        self.retired.discard((owner, shard))
         for name, daemon in self.daemons.items():
-            if name != owner:
-                self.fenced.add(name)
-                self.forgive(daemon)
-        self.note("take-over", f"epoch {epoch} by {owner}")
+            if name == owner:
+                continue
+            ran = [engine for engine in daemon.engines if engine.shard == shard]
+            if ran:
+                self.fenced.add((name, shard))
+                self.forgive(daemon, ran)
+            elif (name, shard) not in self.fenced:
+                self.retired.add((name, shard))
+        self.note("take-over", f"epoch {epoch} of shard {shard} by {owner}")
 
-    def forgive(self, daemon: Daemon) -> None:
+    def forgive(self, daemon: Daemon, engines: Sequence[Engine] | None = None) -> None:
         """What this one has in its hands may be sent twice."""
-        if daemon.engine is not None:
-            deliverer = daemon.engine.deliverer
-            self.allowance += len(deliverer.in_flight) + daemon.engine.ledger.buffered
-            self.note("forgiven", f"{daemon}: {len(deliverer.in_flight)} + {daemon.engine.ledger.buffered}")
+        for engine in daemon.engines if engines is None else engines:
+            out, buffered = len(engine.deliverer.in_flight), engine.ledger.buffered
+            self.allowance += out + buffered
+            self.note("forgiven", f"{daemon}: {out} + {buffered}")
 
-    def flushed(self, backend: Backend | None, epoch: int, rows: dict[str, list[tuple[Any, ...]]], moved: bool) -> None:
-        if epoch != self.epoch:
-            self.fail(f"a flush of epoch {epoch} was written in epoch {self.epoch}")
+    def flushed(
+        self, backend: Backend | None, shard: int, epoch: int, rows: dict[str, list[tuple[Any, ...]]], moved: bool
+    ) -> None:
+        if epoch != self.epochs[shard]:
+            self.fail(f"a flush of epoch {epoch} was written in epoch {self.epochs[shard]}")
+        for endpoint in {row[2] for row in rows["attempts"]} | {row[0] for row in rows["pending"]}:
+            if self.server.shard_of(endpoint) != shard:
+                self.fail(f"shard {shard} wrote of webhook {endpoint}, which is another's")
         due = {(row[0], row[1], row[2]): row for row in rows["pending"]}
         for row in rows["attempts"]:
             self._logged(row, due)
@@ -197,7 +214,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
                     del owed[pair]
         self.note("flush", _summary(rows, moved))
         if moved and self.open:
-            self._passed()
+            self._passed(shard)
 
     def _logged(self, row: tuple[Any, ...], due: dict[Key, tuple[Any, ...]]) -> None:
         seq, _, endpoint, generation, number, state, result = row[:7]
@@ -233,15 +250,18 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
             if row[7].timestamp() < max(ended[-1].done_wall + delay_s, ended[-1].retry_at) - EARLY_S:
                 self.fail(f"{key} is due {row[7]}, earlier than {delay_s} s after attempt {number}")
 
-    def _passed(self) -> None:
-        """The cursor has moved: everything it says is read must be settled or pending."""
-        shard = self.server.shard
+    def _passed(self, number: int) -> None:
+        """A shard's cursor has moved: everything it says is read must be settled or pending."""
+        shard = self.server.shards[number]
         visible = self.server.visible
         prev, cur, at = shard["prev"], shard["cur"], (shard["at_xid"], shard["at_seq"])
         for (endpoint, seq), event in self.open.items():
-            if visible(event.xid, prev) or (
+            is_read = visible(event.xid, prev) or (
                 cur is not None and visible(event.xid, cur) and self._is_before(event, prev, at)
-            ):
+            )
+            # What cannot be sent is discarded by the first shard, whoever's it would be.
+            reader = min(self.server.shards) if seq in self.odd else self.server.shard_of(endpoint)
+            if is_read and reader == number:
                 self.fail(f"event {seq} is lost for webhook {endpoint}: the cursor is beyond it")
                 return
 
@@ -276,9 +296,11 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
                     self.open[key[:2]] = event
         self.note("rolled back", f"{len(self.open)} open")
 
-    def told_registry(self, backend: Backend | None, version: int) -> None:
+    def told_registry(self, backend: Backend | None, shard: int, version: int) -> None:
         owner = _owner(backend)
         for endpoint, webhook in self.webhooks.items():
+            if self.server.shard_of(endpoint) != shard:
+                continue
             if webhook.paused_at is None:
                 self.paused.pop((owner, endpoint), None)
             else:
@@ -293,7 +315,8 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         webhook = self.webhooks[endpoint]
         settings = webhook.settings
         name = str(arrival.process)
-        place = (name, self.reigns[name], endpoint)
+        rule = (name, self.server.shard_of(endpoint))
+        place = (name, self.reigns[rule], endpoint)
         self.note("request", f"{name} -> {endpoint}: event {seq}.{generation} attempt {arrival.attempt}")
         event = self.server.event_by_seq.get(seq)
         if event is None or event.id != arrival.event_id:
@@ -301,7 +324,9 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
             return
         before = self.arrivals[key, arrival.attempt]
         is_again = self._is_excused(before, arrival)
-        if name in self.fenced:
+        if rule in self.retired:
+            self.fail(f"{name} sent {key} after it had given up shard {rule[1]}")
+        if rule in self.fenced:
             self.allowance += 1  # what it sends before it knows is sent by its successor, too
         if before and not is_again:
             self.repeats += 1
@@ -316,7 +341,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         self._judge_pause(webhook, name, key)
         if generation == 0:
             self._judge_latency((endpoint, seq))
-        if is_again or name in self.fenced:
+        if is_again or rule in self.fenced:
             return
         if arrival.attempt > 1:
             self._judge_due(key, arrival)

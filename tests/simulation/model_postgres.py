@@ -24,9 +24,11 @@ from typing import Any, Final
 
 import asyncpg
 
+from dispatcher.core.shards import shard_numbers, shard_of
 from dispatcher.store.database import statements
 from dispatcher.store.schema import migrations
 
+SYSTEM: Final = "7"  # the cluster's identifier
 HELD: Final = datetime.max  # noqa: DTZ901  as asyncpg spells infinity
 FOREVER_AGO: Final = datetime(1, 1, 1, tzinfo=UTC)
 ACCOUNT: Final = (1, "default")
@@ -136,6 +138,7 @@ class Backend:
         self.leases: dict[int, None] = {}
         self.alive = True
         self.spoke_at = server.clock()  # when its last statement ended
+        self.membership = 0  # of a fleet
         self.member = 0  # whose leases it holds
         self.transaction: Transaction | None = None
         self.asynchronous = False  # synchronous_commit = off
@@ -161,6 +164,7 @@ class Backend:
     def let_go(self) -> None:
         """Every advisory lock of the session."""
         self.server.sleepers.pop(self, None)
+        self.membership = 0
         for lease in self.leases:
             del self.server.leases[lease]
         self.leases.clear()
@@ -175,23 +179,25 @@ class Watch:
     def registry_changed(self) -> None:
         """A webhook has changed."""
 
-    def flushed(self, backend: Backend | None, epoch: int, rows: dict[str, list[tuple[Any, ...]]], moved: bool) -> None:
+    def flushed(
+        self, backend: Backend | None, shard: int, epoch: int, rows: dict[str, list[tuple[Any, ...]]], moved: bool
+    ) -> None:
         """A flush has committed."""
 
-    def taken_over(self, backend: Backend | None, epoch: int) -> None:
-        """The epoch was raised."""
+    def taken_over(self, backend: Backend | None, shard: int, epoch: int) -> None:
+        """The epoch of a shard was raised."""
 
     def rolled_back(self) -> None:
         """A crash has undone what was committed asynchronously."""
 
-    def told_registry(self, backend: Backend | None, version: int) -> None:
-        """Somebody has read the registry."""
+    def told_registry(self, backend: Backend | None, shard: int, version: int) -> None:
+        """Somebody has read a shard's part of the registry."""
 
 
 class ModelPostgres:
     """One database."""
 
-    def __init__(self, clock: Callable[[], datetime]) -> None:
+    def __init__(self, clock: Callable[[], datetime], shards: int = 1) -> None:
         self.clock = clock
         self.watch = Watch()
         self.collides: Callable[[], bool] = lambda: False  # another producer holds the probe's lock this instant
@@ -212,9 +218,12 @@ class ModelPostgres:
         self.endpoint_ids = 0
         self.health: dict[int, tuple[Any, ...]] = {}
         self.registry_version = 1
-        self.shard: dict[str, Any] = {
-            "epoch": 0, "batch": 0, "prev": self.snapshot(), "prev_at": clock(), "cur": None, "at_xid": 0, "at_seq": 0,
-            "system": "7", "floor": datetime(2000, 1, 1, tzinfo=UTC),
+        self.shards: dict[int, dict[str, Any]] = {
+            number: {
+                "epoch": 0, "batch": 0, "prev": self.snapshot(), "prev_at": clock(), "cur": None, "at_xid": 0,
+                "at_seq": 0, "system": SYSTEM, "floor": datetime(2000, 1, 1, tzinfo=UTC), "shards": shards,
+            }
+            for number in shard_numbers(shards)
         }  # fmt: skip
         self.attempts: list[tuple[Any, ...]] = []  # (at, seq, xid, endpoint, generation, attempt, state, …)
         self._attempted: dict[tuple[int, int], datetime] = {}  # (endpoint, seq) of generation 0 -> at
@@ -229,6 +238,10 @@ class ModelPostgres:
 
     def begin(self, backend: Backend | None = None) -> Transaction:
         return Transaction(self, backend)
+
+    def shard_of(self, endpoint: int) -> int:
+        """dispatcher.shard_of()."""
+        return shard_of(endpoint, len(self.shards))
 
     def snapshot(self) -> Snapshot:
         """pg_current_snapshot()."""
@@ -495,7 +508,7 @@ def _known(
 
 @_reads("shard", "identity")
 def _identity(server: ModelPostgres, backend: Backend) -> list[Any]:
-    return [Record(system=server.shard["system"], standby=False)]
+    return [Record(system=SYSTEM, standby=False)]
 
 
 @_reads("shard", "try_lease")
@@ -508,15 +521,16 @@ def _try_lease(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]
 
 @_writes("shard", "take_over", locks=("shard",))
 def _take_over(server: ModelPostgres, transaction: Transaction, shard: int) -> list[Any]:
-    server.shard["epoch"] += 1
+    row = server.shards[shard]
+    row["epoch"] += 1
     server.saved(transaction, None)
-    server.watch.taken_over(transaction.backend, server.shard["epoch"])
-    return [(server.shard["epoch"],)]
+    server.watch.taken_over(transaction.backend, shard, row["epoch"])
+    return [(row["epoch"],)]
 
 
 @_reads("shard", "cursor")
 def _cursor(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
-    return [Record(**server.shard, shards=1)]
+    return [Record(**server.shards[shard])]
 
 
 @_reads("shard", "fall_asleep")
@@ -550,6 +564,44 @@ def _partitions_until(server: ModelPostgres, backend: Backend) -> list[Any]:
     return []
 
 
+@_reads("shard", "heartbeat")
+def _heartbeat(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
+    return ["INSERT 0 1"]
+
+
+@_reads("shard", "forget_instances")
+def _forget_instances(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
+    return ["DELETE 1"]
+
+
+@_reads("shard", "instances")
+def _instances(server: ModelPostgres, backend: Backend) -> list[Any]:
+    return []
+
+
+@_reads("fleet", "join")
+def _join(server: ModelPostgres, backend: Backend, member: int) -> list[Any]:
+    backend.membership = member
+    return [(True,)]
+
+
+@_reads("fleet", "call")
+def _call(server: ModelPostgres, backend: Backend) -> list[Any]:
+    server.notify("dispatcher_fleet", "")
+    return [("",)]
+
+
+@_reads("fleet", "view")
+def _view(server: ModelPostgres, backend: Backend, silent: timedelta) -> list[Any]:
+    since = server.clock() - silent
+    rows = [("shards", len(server.shards), None)]
+    rows += [
+        ("member", each.membership, None) for each in server.backends if each.membership and each.spoke_at >= since
+    ]
+    rows += [("lease", n, each.member) for n, each in server.leases.items() if each.spoke_at >= since]
+    return [Record(what=what, key=key, member=member) for what, key, member in rows]
+
+
 @_reads("fleet", "sign")
 def _sign(server: ModelPostgres, backend: Backend, member: int) -> list[Any]:
     backend.member = member
@@ -579,10 +631,10 @@ def _evict(server: ModelPostgres, backend: Backend, shard: int, silent: timedelt
 
 @_writes("shard", "flush", locks=("shard",))
 def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> list[Any]:
-    shard = server.shard
-    _, epoch, batch, prev, prev_at, cur, at_xid, at_seq = arguments[:8]
+    number, epoch, batch, prev, prev_at, cur, at_xid, at_seq = arguments[:8]
+    shard = server.shards[number]
     if epoch != shard["epoch"]:
-        fenced = asyncpg.PostgresError(f"fenced: epoch {epoch} of shard 0 is over")
+        fenced = asyncpg.PostgresError(f"fenced: epoch {epoch} of shard {number} is over")
         fenced.sqlstate = "P0F01"
         raise fenced
     if batch <= shard["batch"]:
@@ -610,7 +662,7 @@ def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> 
     for seq, reason in rows["discarded"]:
         server.discarded_events.setdefault(seq, reason)
     server.saved(transaction, undo)
-    server.watch.flushed(backend, epoch, rows, prev is not None)
+    server.watch.flushed(backend, number, epoch, rows, prev is not None)
     return [(True,)]
 
 
@@ -621,12 +673,13 @@ def _whole(columns: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
 
 
 def _undo(server: ModelPostgres) -> Callable[[], None]:
-    shard, pending, attempts = dict(server.shard), dict(server.pending), len(server.attempts)
+    shards = {number: dict(row) for number, row in server.shards.items()}
+    pending, attempts = dict(server.pending), len(server.attempts)
     held = {endpoint: list(places) for endpoint, places in server._held.items()}
     attempted, discarded = dict(server._attempted), dict(server.discarded_events)
 
     def undo() -> None:
-        server.shard, server.pending, server._held = shard, pending, held
+        server.shards, server.pending, server._held = shards, pending, held
         server._attempted, server.discarded_events = attempted, discarded
         del server.attempts[attempts:]
 
@@ -638,8 +691,12 @@ def _undo(server: ModelPostgres) -> Callable[[], None]:
 
 @_reads("pending", "refill")
 def _refill(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
-    _, start, end, limit = bounds
-    due = [(*key, row[7]) for key, row in server.pending.items() if row[7] is not HELD and start <= row[7] < end]
+    shard, start, end, limit = bounds
+    due = [
+        (*key, row[7])
+        for key, row in server.pending.items()
+        if row[7] is not HELD and start <= row[7] < end and server.shard_of(key[0]) == shard
+    ]
     return sorted(due, key=lambda row: row[3])[:limit]
 
 
@@ -671,7 +728,7 @@ def _pull(server: ModelPostgres, backend: Backend, *columns: Sequence[int]) -> l
 
 @_reads("pending", "held_endpoints")
 def _held_endpoints(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
-    return [(endpoint,) for endpoint in sorted(server._held)]
+    return [(endpoint,) for endpoint in sorted(server._held) if server.shard_of(endpoint) == shard]
 
 
 @_reads("pending", "heads")
@@ -679,7 +736,7 @@ def _heads(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
     heads: dict[int, Key] = {}
     for key, row in server.pending.items():
         webhook = server.endpoints.get(key[0])
-        if webhook is not None and webhook["ordered"] and row[7] is not HELD:
+        if webhook is not None and webhook["shard"] == shard and webhook["ordered"] and row[7] is not HELD:
             heads[key[0]] = min(key, heads.get(key[0], key))
     return [heads[endpoint] for endpoint in sorted(heads)]
 
@@ -714,10 +771,11 @@ _DEFAULTS: Final = {
 @_reads("endpoint", "registry")
 def _registry(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
     version = server.registry_version
-    server.watch.told_registry(backend, version)
-    if not server.endpoints:
-        return [Record(registry_version=version, id=None)]
-    return [Record(registry_version=version, account=ACCOUNT[1], **row) for row in server.endpoints.values()]
+    server.watch.told_registry(backend, shard, version)
+    rows = [row for row in server.endpoints.values() if row["shard"] == shard]
+    return [Record(registry_version=version, account=ACCOUNT[1], **row) for row in rows] or [
+        Record(registry_version=version, id=None)
+    ]
 
 
 @_reads("endpoint", "health")
@@ -779,6 +837,7 @@ def _create(server: ModelPostgres, transaction: Transaction, born: Snapshot, *co
     server.endpoint_ids += 1
     now = server.clock()
     made = {"id": server.endpoint_ids, **_DEFAULTS, **dict(zip(names, columns, strict=True))}
+    made["shard"] = server.shard_of(made["id"])
     server.endpoints[made["id"]] = {**made, "created_at": now, "updated_at": now, "created_snapshot": born}
     server.change_registry(transaction)
     server.saved(transaction, None)
@@ -883,12 +942,12 @@ def _partitions(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
 
 @_reads("retention", "needed_from")
 def _needed_from(server: ModelPostgres, backend: Backend) -> list[Any]:
-    return [Record(cursor=server.shard["prev_at"], pending=None)]
+    return [Record(cursor=min(shard["prev_at"] for shard in server.shards.values()), pending=None)]
 
 
 @_reads("retention", "now")
 def _now(server: ModelPostgres, backend: Backend) -> list[Any]:
-    return [(server.shard["prev_at"],)]
+    return [(min(shard["prev_at"] for shard in server.shards.values()),)]
 
 
 @_reads("retention", "take_turn", "end_turn")

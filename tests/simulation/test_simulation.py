@@ -6,20 +6,22 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from world import World
+from world import Plan, World
 
 HERE = Path(__file__).parent
 HISTORY_LINES_MAX = 400  # of a failure, its end; `--seed` shows all of it
 
 
-def play(seed: int, *, whole: bool = False) -> World:
+def play(seed: int, *, whole: bool = False, adjust: Callable[[Plan], None] = lambda plan: None) -> World:
     """Run a seed; a failure shows its history."""
-    world = World(seed)
+    world = World(seed, adjust)
     try:
         world.run()
     except BaseException as error:
@@ -33,6 +35,23 @@ def play(seed: int, *, whole: bool = False) -> World:
 def test_seeds(seeds: range) -> None:
     for seed in seeds:
         play(seed)
+
+
+def fleet(seed: int) -> Callable[[Plan], None]:
+    """What makes a seed's world one of several daemons that share several shards."""
+    dice = random.Random(f"{seed}/fleet")
+
+    def adjust(plan: Plan) -> None:
+        plan.kind, plan.shards, plan.daemons = "duel", dice.randint(2, 4), dice.randint(2, 4)
+        plan.webhooks = max(plan.webhooks, 4)
+        plan.faults = max(plan.faults, 4)
+
+    return adjust
+
+
+def test_fleets(seeds: range) -> None:
+    for seed in seeds[::4]:
+        play(seed, adjust=fleet(seed))
 
 
 def test_one_seed_alone(request: pytest.FixtureRequest) -> None:

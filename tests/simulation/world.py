@@ -38,7 +38,9 @@ from virtual_loop import PROCESS, Process, State, VirtualLoop
 from dispatcher.core.addresses import Guard
 from dispatcher.core.backoff import PRESETS
 from dispatcher.core.ids import DeliveryIds
+from dispatcher.core.shards import Moves
 from dispatcher.engine.engine import Engine, EngineSettings
+from dispatcher.engine.fleet import Fleet
 from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.model import BodyStyle
 from dispatcher.store.database import statements
@@ -62,6 +64,7 @@ class Plan:
     kind: str
     length_s: float  # until it heals
     daemons: int = 1
+    shards: int = 1  # one: an engine stands alone; several: daemons are a fleet
     webhooks: int = 3
     transactions: int = 25
     burst: int = 0  # events at once, somewhere in the middle
@@ -193,11 +196,42 @@ class Daemon:
         self.number = number
         self.starts = 0
         self.process = Process(f"d{number}.0")
-        self.engine: Engine | None = None
+        self.engine: Engine | Fleet | None = None
         self.task: asyncio.Task[None] | None = None
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Those of all its shards."""
+        if self.engine is None:
+            return []
+        return list(self.engine.engines.values()) if isinstance(self.engine, Fleet) else [self.engine]
 
     def __repr__(self) -> str:
         return self.process.name
+
+
+class WatchedFleet(Fleet):
+    """A fleet whose judge hears when an engine ends with something in its hands."""
+
+    def __init__(self, daemon: Daemon, world: World, settings: EngineSettings, **more: Any) -> None:
+        super().__init__(settings, **more)
+        self._daemon = daemon
+        self._world = world
+
+    def _begin(self, shard: int, count: int) -> None:
+        super()._begin(shard, count)
+        self._world.equip(self.engines[shard])
+
+    def _move(self, move: Moves, count: int) -> None:
+        given = [self.engines[shard] for shard in sorted(move.lost | move.release)]
+        self._world.note("move", f"{self._daemon} {move}")
+        self._world.judge.forgive(self._daemon, [engine for engine in given if engine.role != "active"])
+        super()._move(move, count)
+
+    def _bury_ended(self) -> None:
+        ended = [self.engines[shard] for shard, task in self._tasks.items() if task.done()]
+        self._world.judge.forgive(self._daemon, [engine for engine in ended if engine.ledger.buffered])
+        super()._bury_ended()
 
 
 class World:
@@ -212,7 +246,7 @@ class World:
         self.history: list[tuple[float, str, str]] = []
         self.wall_offset_s = 0.0
         self.db_offset_s = self.dice.choice((0.0, 0.0, -2.0, 3.0))
-        self.server = ModelPostgres(self.db_clock)
+        self.server = ModelPostgres(self.db_clock, self.plan.shards)
         self.weather = Storm(self, random.Random(f"{seed}/weather"), calm=self.plan.kind == "calm")
         self.driver = Driver(self.server, self.weather)
         self.office = Driver(self.server, Weather())  # the way of API and applications: their troubles are not ours
@@ -285,6 +319,8 @@ class World:
 
     def _log(self, _logger: Any, level: str, line: Any) -> Any:
         self.note(f"log {level}", f"{PROCESS.get()} {dict(line)}")
+        if line["event"] == "drain.cut_short":
+            self.judge.allowance += line["in_flight"]
         raise structlog.DropEvent
 
     def _step(self) -> None:
@@ -325,11 +361,9 @@ class World:
         self.note("over", f"{self.judge.repeats} repeats of {self.judge.allowance}")
 
     def _is_idle(self) -> bool:
-        """Whether somebody is active, and nobody active has anything to do."""
-        active = [
-            daemon.engine for daemon in self.daemons if daemon.engine is not None and daemon.engine.role == "active"
-        ]
-        return bool(active) and not any(
+        """Whether every shard is run by somebody, and nobody who does has anything to do."""
+        active = [engine for daemon in self.daemons for engine in daemon.engines if engine.role == "active"]
+        return len(active) == self.plan.shards and not any(
             engine.deliverer.in_flight or engine.deliverer.lanes.queued or engine.ledger.buffered for engine in active
         )
 
@@ -387,14 +421,21 @@ class World:
             drain_s=2.0,
             synchronous_commit=plan.is_durable,
         )
-        engine = Engine(
-            settings, transport=transport, guard=GUARD, vault=VAULT, ids=IDS, wall=self.wall,
-            dice=random.Random(f"{self.seed}/{daemon}"),
-        )  # fmt: skip
-        engine.page_rows = plan.page_rows
-        engine.safety_s = plan.safety_s
+        given: dict[str, Any] = {
+            "transport": transport, "guard": GUARD, "vault": VAULT, "ids": IDS, "wall": self.wall,
+            "dice": random.Random(f"{self.seed}/{daemon}"),
+        }  # fmt: skip
+        if plan.shards == 1:
+            engine: Engine | Fleet = Engine(settings, **given)
+            self.equip(engine)
+        else:
+            engine = WatchedFleet(daemon, self, settings, **given)
         daemon.engine = engine
         await engine.run()
+
+    def equip(self, engine: Engine) -> None:
+        engine.page_rows = self.plan.page_rows
+        engine.safety_s = self.plan.safety_s
 
     def kill(self, daemon: Daemon) -> None:
         """SIGKILL: nothing of it runs any more."""
@@ -495,9 +536,12 @@ class World:
             return
         dice = self.dice
         type_, data = dice.choice(TYPES), f'{{"n": {dice.randrange(100)}}}'
-        if dice.random() < 0.03:
+        is_odd = dice.random() < 0.03
+        if is_odd:
             type_, data = dice.choice((("No Type", data), (type_, "[1]"), (type_, '{"x": NaN}')))
         event = transaction.emit(type_, data)
+        if is_odd:
+            self.judge.odd.add(event.seq)
         began_at = self.judge.began_at
         began_at[event.seq] = began_at.get(transaction.events[0].seq, self.loop.now)
         self.note("insert", f"event {event.seq} {type_} xid {event.xid}")
