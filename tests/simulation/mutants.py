@@ -18,6 +18,7 @@ from world import Plan
 
 from dispatcher.core.lanes import Lanes
 from dispatcher.engine.deliverer import Deliverer
+from dispatcher.engine.engine import Engine
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.outbox import OutboxReader
 from dispatcher.engine.retries import Retries
@@ -60,6 +61,11 @@ def _duel(plan: Plan) -> None:
     plan.kind, plan.daemons, plan.faults = "duel", 2, 16
 
 
+def _fleet(plan: Plan) -> None:
+    _duel(plan)
+    plan.daemons, plan.shards, plan.webhooks = 3, 3, max(plan.webhooks, 4)
+
+
 def _slow_refill(plan: Plan) -> None:
     plan.kind, plan.daemons, plan.faults, plan.transactions = "stormy", 1, 0, 30
     plan.length_s, plan.failing, plan.slow = 6.0, True, "refill"
@@ -80,7 +86,7 @@ MUTANTS = [
         "the fence is skipped",
         ShardStore, "flush",
         "                epoch,\n                batch.number,\n",
-        "                (state := self._connection.backend.server.shard)['epoch'],\n"
+        "                (state := self._connection.backend.server.shards[self._shard])['epoch'],\n"
         "                state['batch'] + 1,\n",
         _duel,
     ),
@@ -199,5 +205,12 @@ MUTANTS = [
         "            cursor = page.after\n",
         "            cursor = page.after if page.complete or not page.rows or page.rows[-1][3] % 7 else start\n",
         _stormy,
+    ),
+    Mutant(
+        "a shard heeds what was told of another's webhook, takes it for deleted, and discards",
+        Engine, "_work",
+        "if shard_of(int(numbers[0]), self.shards) == self.shard:",
+        "if True:",
+        _fleet,
     ),
 ]  # fmt: skip
