@@ -64,6 +64,11 @@ _EXHAUSTED: Final = DeliveryState.EXHAUSTED.value
 _DISCARDED: Final = DeliveryState.DISCARDED.value
 _PENDING: Final = DeliveryState.PENDING.value
 _COMPACT: Final = BodyStyle.COMPACT
+# An Enum's member looked up on its class costs 115 ns in CPython 3.11, a module's name 16.
+_QUEUED: Final = Offer.QUEUED
+_TO_RELEASE: Final = Verdict.RELEASE
+_TO_DELIVERED: Final = Verdict.DELIVERED
+_TO_DISABLE: Final = Verdict.DISABLE
 
 
 class Row(Enum):
@@ -359,7 +364,7 @@ class Deliverer:
         """Take a first attempt over: into its lane if that can take it, else held behind the others."""
         subscriber = delivery.subscriber
         self.taken += 1
-        if subscriber.backlog or self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not Offer.QUEUED:
+        if subscriber.backlog or self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not _QUEUED:
             self.park(delivery)
 
     def recall(self, delivery: Delivery) -> bool:
@@ -532,7 +537,7 @@ class Deliverer:
     def _settle(self, delivery: Delivery, attempt: Attempt, outcome: Outcome) -> None:
         verdict = outcome.verdict
         telemetry = self._telemetry
-        if verdict is Verdict.RELEASE:
+        if verdict is _TO_RELEASE:
             self._release(delivery)
             return
         duration_s = attempt.duration_s
@@ -543,7 +548,7 @@ class Deliverer:
         number = delivery.attempts + 1
         if number == 1 and attempt.sent_at and not delivery.generation:  # a replay's age says nothing of us
             telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - delivery.event.written_unix))
-        if verdict is Verdict.DELIVERED:
+        if verdict is _TO_DELIVERED:
             state = _DELIVERED
             subscriber.error = None
             if self.logs_successes:
@@ -552,7 +557,7 @@ class Deliverer:
             state, due = self._retry(delivery, attempt, outcome, number)
             subscriber.error = attempt.error or f"{attempt.status}"
             self.journal.failed(delivery, attempt, state, number, due)
-        if verdict is Verdict.DISABLE:
+        if verdict is _TO_DISABLE:
             self._ledger.disable(subscriber.endpoint.id, "the endpoint answered 410 Gone")
         telemetry.deliveries[state] += 1
         self._ledger.attempt(delivery, attempt, state, number, attempt.error)

@@ -120,7 +120,8 @@ class Ledger:
     @property
     def full(self) -> bool:
         """Whether dispatching must wait for PostgreSQL."""
-        return self._open.rows >= self.buffered_max
+        opened = self._open  # counted in place: asked after each attempt
+        return len(opened.attempts) + len(opened.pending) + len(opened.discarded) >= self.buffered_max
 
     def attempt(self, delivery: Delivery, attempt: Attempt | None, state: str, number: int, error: str | None) -> None:
         """Log an attempt, or with None a delivery settled without one. `state` is the delivery's state after it."""
