@@ -51,20 +51,22 @@ class Page:
 
 
 class OutboxPages:
-    """The reader's connection and its two statements."""
+    """The reader's connection and its statements."""
 
     def __init__(self, connection: Any, floor: datetime = BEGINNING) -> None:
         self._connection = connection
         self._floor = floor  # rows written before it bear transaction ids of another cluster
         self._first: Any = None
+        self._first_quiet: Any = None
         self._next: Any = None
         # Since when each transaction in progress has been seen: bounds where its rows can lie. Unknown after a restart.
         self._seen_since: dict[int, datetime] = {}
 
     async def prepare(self) -> None:
-        """Prepare both statements once; a poll is then one round trip."""
+        """Prepare the statements once; a poll is then one round trip."""
         sql = statements("outbox")
         self._first = await self._connection.prepare(sql["first_page"])
+        self._first_quiet = await self._connection.prepare(sql["first_page_quiet"])
         self._next = await self._connection.prepare(sql["next_page"])
 
     async def read(self, cursor: Cursor, limit: int) -> Page:
@@ -75,7 +77,10 @@ class OutboxPages:
         since = max(cursor.prev_at - CLOCK_SLACK, self._floor)
         bounds = (running, xmax, cursor.at_xid, cursor.at_seq, since_running, since, limit)
         if cursor.cur is None:
-            header, *rows = await self._first.fetch(*bounds)
+            if running:
+                header, *rows = await self._first.fetch(*bounds)
+            else:
+                header, *rows = await self._first_quiet.fetch(xmax, cursor.at_xid, cursor.at_seq, since, limit)
             cur, cur_at, registry = header[0], header[1], header[2]
             self._remember(cur, cursor)
         else:
