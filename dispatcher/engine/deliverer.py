@@ -36,10 +36,11 @@ from dispatcher.core.rendering import TEXT_BYTES_MAX, Payload
 from dispatcher.core.signing import Signer
 from dispatcher.core.traces import is_traceparent
 from dispatcher.core.window import Health
+from dispatcher.engine.connection import Released
 from dispatcher.engine.journal import Journal
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
 from dispatcher.engine.spans import Spans
-from dispatcher.engine.transport import Released, Transport
+from dispatcher.engine.transport import Transport
 from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import (
     Attempt,

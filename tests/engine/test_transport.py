@@ -22,8 +22,9 @@ from wire import GUARD, OK, REQUEST, TARGET, StillPipe, Wire, answer
 
 from dispatcher.core.addresses import Guard, Target
 from dispatcher.engine import transport as module
+from dispatcher.engine.connection import Connection, Released
 from dispatcher.engine.dialer import DialFailed
-from dispatcher.engine.transport import Connection, Origin, Released, Transport, TransportSettings
+from dispatcher.engine.transport import Origin, Transport, TransportSettings
 from dispatcher.model import Attempt, Result
 
 
