@@ -1,0 +1,58 @@
+"""A PostgreSQL of a test's own, to be killed, cut off, filled up and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+from daemons import connected
+
+from dispatcher.embedded import EmbeddedPostgres
+from dispatcher.store.schema import migrate
+
+
+class Server(EmbeddedPostgres):
+    """Unlike the test run's own server, it keeps what it said was committed, whatever kills it short of a power cut."""
+
+    def __init__(self, directory: Path, **settings: str) -> None:
+        given = os.environ.get("DISPATCHER_TEST_BIN")
+        super().__init__(directory, Path(given) if given else None, ephemeral=True)
+        self._own = {"synchronous_commit": "on", **settings}
+
+    def _settings(self) -> dict[str, str]:
+        return super()._settings() | self._own
+
+    async def with_schema(self) -> str:
+        """Start it and bring the schema up; return the DSN."""
+        await asyncio.to_thread(self.start)
+        await migrate(self.dsn)
+        return self.dsn
+
+    async def die(self, number: int) -> None:
+        """Kill the postmaster."""
+        assert self.pid is not None
+        os.kill(self.pid, number)
+        while self._runs():
+            await asyncio.sleep(0.01)
+
+    async def stop_at_once(self) -> None:
+        """What `pg_ctl stop -m immediate` does."""
+        await self.die(signal.SIGQUIT)
+
+    async def backends(self) -> dict[int, str]:
+        """Processes that serve somebody, and whom."""
+        async with connected(self.dsn) as connection:
+            rows = await connection.fetch(
+                "SELECT pid, application_name AS name FROM pg_stat_activity"
+                " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
+        return {row["pid"]: row["name"] for row in rows}
+
+    async def cut_all(self) -> None:
+        async with connected(self.dsn) as connection:
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
