@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
@@ -42,6 +43,7 @@ class Application:
         self.committed: dict[str, str] = {}
         self.rolled_back: dict[str, str] = {}
         self.in_doubt: dict[str, str] = {}
+        self.troubles: Counter[str] = Counter()  # what ended writers' sessions, by the exception's name
         self._dsn = dsn
         self._dice = dice
         self._numbers = itertools.count(1)
@@ -77,7 +79,8 @@ class Application:
                 while not self._ending.is_set():
                     await self._transact(connection)
                     await asyncio.sleep(self._dice.uniform(0, PAUSE_S))
-            except TROUBLE:
+            except TROUBLE as error:
+                self.troubles[type(error).__name__] += 1
                 await asyncio.sleep(AGAIN_S)  # PostgreSQL is away, full, or has ended this session
             finally:
                 if connection is not None:

@@ -10,8 +10,7 @@ import pytest
 from siege import Siege
 from subscribers import Subscribers
 
-ROUND_S = 15.0  # of the time limit; a round takes one to two on a machine that has nothing else to do
-SLACK_S = 180.0
+BLOCK = 10  # rounds a test: it has a time limit, and says where it is
 
 _told: list[str] = []
 
@@ -33,15 +32,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(line)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if "rounds" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(SLACK_S + ROUND_S * config.getoption("--rounds")))
-
-
-@pytest.fixture
-def rounds(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--rounds"))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "rounds" in metafunc.fixturenames:
+        many = metafunc.config.getoption("--rounds")
+        blocks = [range(first, min(first + BLOCK, many)) for first in range(0, many, BLOCK)]
+        metafunc.parametrize("rounds", blocks, ids=[f"{block.start}-{block.stop - 1}" for block in blocks])
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ LIFE_S = 1.5  # at most, of a daemon killed by the clock: about half of them die
 BURST = 150  # events committed at once, so that there is much to interrupt
 
 
-async def test_kill_9_at_random_moments_under_load(siege: Siege, rounds: int) -> None:
+async def test_kill_9_at_random_moments_under_load(siege: Siege, rounds: range) -> None:
     dice, subscribers = siege.dice, siege.subscribers
     daemon = await siege.serving()
     async with siege.application.writing():
-        for _ in range(rounds):
+        for _ in rounds:
             await siege.application.burst(BURST)
             if dice.random() < 0.5:
                 await asyncio.sleep(dice.uniform(0, LIFE_S))

@@ -26,7 +26,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
 
 async def test_postgresql_dies_restarts_and_cuts_connections_under_load(
-    server: Server, besiege: Callable[[str], Siege], rounds: int
+    server: Server, besiege: Callable[[str], Siege], rounds: range
 ) -> None:
     siege = besiege(await server.with_schema())
     dice, subscribers = siege.dice, siege.subscribers
@@ -46,13 +46,14 @@ async def test_postgresql_dies_restarts_and_cuts_connections_under_load(
             await asyncio.sleep(dice.uniform(0, 0.2))
 
     async def backend_killed() -> None:
-        ours = [pid for pid, name in (await server.backends()).items() if name.startswith("dispatcher")]
-        os.kill(dice.choice(ours), signal.SIGKILL)  # PostgreSQL ends all others then, and recovers
+        while not (backends := await server.backends()):
+            await asyncio.sleep(0.02)
+        os.kill(dice.choice(backends), signal.SIGKILL)  # PostgreSQL ends all others then, and recovers
 
     strikes = [stopped, cut_again_and_again, backend_killed, killed]
     daemon = await siege.serving()
     async with siege.application.writing():
-        for number in range(rounds):
+        for number in rounds:
             wanted = len(subscribers.arrivals) + dice.randint(1, LOAD)
             await until(lambda wanted=wanted: len(subscribers.arrivals) >= wanted, "the load to be under way")  # type: ignore[misc]
             await strikes[number % len(strikes)]()
