@@ -10,7 +10,7 @@ import pytest
 from siege import Siege
 from subscribers import Subscribers
 
-BLOCK = 10  # rounds a test: it has a time limit, and says where it is
+BLOCK = 6  # rounds a test: it has a time limit, and says where it is
 
 _told: list[str] = []
 

@@ -24,13 +24,18 @@ from dispatcher.engine.engine import BUFFERED_MAX
 
 EXPOSED_MAX = 2 * (BUFFERED_MAX + Config().delivery.max_in_flight)  # as SECURITY.md reckons
 WEBHOOKS = {"/prompt/all": "*", "/slow/all": "*", "/failing/email": "email.*", "/prompt/billing": "billing.*"}
-PATIENCE_AT_THE_END_S = 2 * PATIENCE_S
+MUTE_S = 1.0  # until one that never answers has had its time
+END_S = 2 * PATIENCE_S
 LATE = timedelta(seconds=30)  # how long after its begin the statement of a dead daemon may still commit
 ON_RECORD = """
     SELECT regexp_replace(p.url, '^.*//[^/]*', '') AS path, o.id, a.attempt, a.at
     FROM dispatcher.attempt a JOIN dispatcher.outbox o ON o.seq = a.event_seq
                               JOIN dispatcher.endpoint p ON p.id = a.endpoint_id
     WHERE a.at > $1
+"""
+PENDING = """
+    SELECT count(*) FROM dispatcher.pending d JOIN dispatcher.endpoint p ON p.id = d.endpoint_id
+    WHERE p.url NOT LIKE '%/mute/%'
 """
 
 
@@ -49,19 +54,20 @@ class Proof:
         self._read_to = datetime.min.replace(tzinfo=UTC) + LATE
 
     async def subscribe(self, daemon: Program) -> None:
-        urls = {f"{self._subscribers.url}{path}": {"events": [events]} for path, events in self.webhooks.items()}
+        urls = {
+            f"{self._subscribers.url}{path}": {"events": [events], "timeout_s": MUTE_S if "mute" in path else None}
+            for path, events in self.webhooks.items()
+        }
         await subscribe(self._dsn, daemon, urls)
 
-    async def crashed(self, *, alone: bool = True) -> None:
-        """A daemon was killed, or stopped without being asked: see what is out or not on record.
-
-        `alone`: no other daemon has taken over yet, so that its connections are all there are.
-        """
-        if alone:
-            async with asyncio.timeout(PATIENCE_S):
-                while self._subscribers.connections:  # until what was on its way has arrived
-                    await asyncio.sleep(0.005)
-        exposed = {arrival.key for arrival in self._subscribers.arrivals[:]} - await self._on_record()
+    async def crashed(self, daemon: Program, *, is_gone: bool = True) -> None:
+        """A daemon was killed, or stopped where it was: see what it had out or not on record."""
+        name, connections = daemon.environment["DISPATCHER_BRAND_USER_AGENT"], self._subscribers.connections
+        async with asyncio.timeout(PATIENCE_S):
+            while is_gone and not {name, ""}.isdisjoint(list(connections.values())):  # until all it sent has arrived
+                await asyncio.sleep(0.005)
+        sent = {arrival.key for arrival in self._subscribers.arrivals[:] if arrival.daemon == name}
+        exposed = sent - await self._on_record()
         self.crashes += 1
         self._most = max(self._most, len(exposed))
         self._exposed.update(exposed)
@@ -78,12 +84,13 @@ class Proof:
         wanted = {
             (path, event)
             for path, pattern in self.webhooks.items()
+            if not path.startswith("/mute")
             for event, kind in self._application.committed.items()
             if fnmatch(kind, pattern)
         }
         answered = self._subscribers.answered
         try:
-            async with asyncio.timeout(PATIENCE_AT_THE_END_S):
+            async with asyncio.timeout(END_S):
                 while wanted - answered.keys():
                     await asyncio.sleep(0.05)
         except TimeoutError:
@@ -99,15 +106,15 @@ class Proof:
         return self._judge(wanted)
 
     async def _settled(self, connection: Any, count: int) -> None:
-        async with asyncio.timeout(PATIENCE_AT_THE_END_S):
+        async with asyncio.timeout(END_S):
             while (
                 await connection.fetchval("SELECT count(*) FROM dispatcher.attempt WHERE state = 'delivered'") < count
-                or await connection.fetchval("SELECT count(*) FROM dispatcher.pending") > 0
+                or await connection.fetchval(PENDING) > 0
             ):
                 await asyncio.sleep(0.05)
 
     def _judge(self, wanted: set[tuple[str, str]]) -> str:
-        arrivals = self._subscribers.arrivals[:]
+        arrivals = [arrival for arrival in self._subscribers.arrivals if not arrival.key.path.startswith("/mute")]
         came = Counter(arrival.key for arrival in arrivals)
         strangers = {(key.path, key.event) for key in came} - wanted
         assert not strangers, f"{len(strangers)} deliveries of what was rolled back or not asked for: {strangers}"

@@ -12,6 +12,8 @@ from daemons import Program
 from proof import Proof
 from subscribers import Subscribers
 
+TIMEOUT_S = "5"  # what was out at a crash may be due as late as 10 s behind it
+
 
 class Siege:
     """Writers on one side, subscribers on the other, daemons between them, and the moments to strike."""
@@ -29,6 +31,8 @@ class Siege:
         self._directory = directory
 
     def daemon(self, **settings: str) -> Program:
+        name = f"daemon-{len(self.daemons) + 1}"  # by which subscribers tell who sent what
+        settings = {"DISPATCHER_BRAND_USER_AGENT": name, "DISPATCHER_DELIVERY_TIMEOUT_S": TIMEOUT_S, **settings}
         self.daemons.append(Program(self._directory, self.dsn, **settings))
         return self.daemons[-1]
 

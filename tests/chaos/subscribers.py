@@ -35,6 +35,7 @@ class Arrival:
 
     key: Key
     delivery: str
+    daemon: str
     answered: int = 0  # the status, once it was written to a connection that was open
 
 
@@ -49,7 +50,7 @@ class Subscribers:
     def __init__(self) -> None:
         self.arrivals: list[Arrival] = []
         self.answered: Counter[tuple[str, str]] = Counter()  # path and event, by 200
-        self.connections: set[Any] = set()
+        self.connections: dict[Any, str] = {}  # whose each is; "" before its first request
         self.url = ""
         self._dice = random.Random(1)
 
@@ -96,10 +97,10 @@ class Peer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
-        self._subscribers.connections.add(transport)
+        self._subscribers.connections[transport] = ""
 
     def connection_lost(self, _: Exception | None) -> None:
-        self._subscribers.connections.discard(self._transport)
+        self._subscribers.connections.pop(self._transport, None)
 
     def data_received(self, data: bytes) -> None:
         self._data += data
@@ -110,7 +111,8 @@ class Peer(asyncio.Protocol):
             return
         self._data = b""
         key = Key(lines[0].split()[1], headers["webhook-id"], int(headers["X-Trackpost-Attempt"]))
-        arrival = Arrival(key, headers["X-Trackpost-Delivery"])
+        arrival = Arrival(key, headers["X-Trackpost-Delivery"], headers["User-Agent"])
+        self._subscribers.connections[self._transport] = arrival.daemon
         self._subscribers.arrivals.append(arrival)
         delay_s = self._subscribers.delay_s(key.path)
         if delay_s == 0.0:
