@@ -6,6 +6,7 @@ anybody's handler: it hangs, lies about lengths, answers a megabyte, never stops
 
 **Rule.** One pool per endpoint, a stack, so that the connections least used are those that expire. A request takes an
 idle connection or a new one is dialled; nobody waits for a free one, since the lanes bound how many requests are out.
+Where there are fewer descriptors than endpoints, the connection idle for longest is closed for the new one.
 With an idle connection a request costs one write, one read and two callbacks: no task, no future, no timer. One
 deadline covers everything from submission to the last byte; a sweep over all connections enforces it every `tick_s`,
 and the same sweep expires idle connections and holds their number down.
@@ -59,6 +60,7 @@ class TransportSettings:
 
     keepalive_s: float = 60.0  # an idle connection is closed after that
     idle_connections_max: int = 1000  # over all endpoints: 50 MiB if all are TLS (50 KiB each, a plain one 2.3)
+    connections_max: int = 10_000  # idle, active and being dialled: a descriptor each, and there may be few
     response_bytes_max: int = 65_536  # read of one response, head included, give or take the last read
     body_kept_bytes: int = 4096
     head_bytes_max: int = 32_768  # interim responses included
@@ -316,8 +318,7 @@ class Transport:
         if not origin.queued and origin.lacks_dial(self._dial_share):
             origin.queued = True
             self._dial_queue.append(origin)
-        while self._dial_queue and len(self._dials) < DIALS_MAX:
-            self._dial_next()
+        self._dial_on()
         if self._timer is None:
             self._arm()
 
@@ -329,9 +330,23 @@ class Transport:
     def lost(self, connection: Connection) -> None:
         """`connection` is gone."""
         self.connections.pop(connection, None)
+        self._dial_on()
         self._note_quiet()
 
     # Dials.
+
+    def _dial_on(self) -> None:
+        while self._dial_queue and len(self._dials) < DIALS_MAX and self._has_room():
+            self._dial_next()
+
+    def _has_room(self) -> bool:
+        """Whether another connection may be opened. If not, the one idle for longest makes room, in a later turn."""
+        if len(self._dials) + len(self.connections) < self.settings.connections_max:
+            return True
+        idle = (connection for connection in self.connections if connection.is_idle)
+        if (oldest := min(idle, key=_deadline, default=None)) is not None:
+            oldest.retire()
+        return False
 
     @property
     def _dial_share(self) -> int:

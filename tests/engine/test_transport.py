@@ -401,6 +401,32 @@ def test_one_origin_gets_its_share_of_dials_and_the_rest_take_turns(monkeypatch:
     assert all(origin.dials for origin in others)  # each got one, though the first could have had all
 
 
+def test_where_connections_are_few_the_one_idle_for_longest_makes_room() -> None:
+    wire = Wire(connections_max=2)
+    pipes = [StillPipe(), StillPipe()]
+    wire.lose()
+    for pipe in pipes:
+        wire.loop.now += 1.0
+        wire.open(wire.transport.origin(TARGET), pipe)
+    wire.begun.clear()
+    wire.transport.origin(TARGET).submit(REQUEST, 9.0, wire.done, None)
+    assert wire.begun == []
+    assert [pipe.is_closing() for pipe in pipes] == [True, False]
+    oldest = next(iter(wire.transport.connections))
+    oldest.connection_lost(None)
+    assert len(wire.begun) == 1
+
+
+def test_where_connections_are_few_and_none_is_idle_a_request_waits_for_one_to_close() -> None:
+    wire = Wire(connections_max=1)
+    wire.submit()
+    wire.begun.clear()
+    wire.transport.origin(TARGET).submit(REQUEST, 9.0, wire.done, None)
+    assert wire.begun == []
+    wire.lose()
+    assert len(wire.begun) == 1
+
+
 def test_a_failed_dial_ends_one_request_and_only_if_the_others_do_not_suffice() -> None:
     wire = Wire()
     origin = wire.transport.origin(TARGET)
