@@ -261,7 +261,7 @@ class Deliverer:
         lane = self.lanes.lane(
             endpoint.id, limit=endpoint.max_concurrency, rate_limit=endpoint.rate_limit, ordered=endpoint.ordered
         )
-        if endpoint.status is EndpointStatus.PAUSED:
+        if endpoint.status is not EndpointStatus.ACTIVE:
             self.lanes.pause(lane)
         made = self.subscribers[endpoint.id] = Subscriber(endpoint, lane)
         self._equip(made)
@@ -282,6 +282,9 @@ class Deliverer:
             self.lanes.revive(subscriber.lane)
         if not endpoint.ordered:
             subscriber.head_key = None
+        if old.status is EndpointStatus.DISABLED:  # what is not discarded yet comes before anything new
+            subscriber.held = subscriber.backlog = True
+            subscriber.rewind()
         self._equip(subscriber)
 
     def _equip(self, subscriber: Subscriber) -> None:
@@ -319,12 +322,14 @@ class Deliverer:
         """Take a changed registry over: new settings now, and what is paused, disabled or gone stops at once."""
         for subscriber in list(self.subscribers.values()):
             endpoint = endpoints(subscriber.endpoint.id)
-            if endpoint is None or endpoint.status is EndpointStatus.DISABLED:
-                self._dismiss(subscriber, "the webhook was deleted" if endpoint is None else "the webhook is disabled")
+            if endpoint is None:
+                self._dismiss(subscriber)
                 continue
             if endpoint is not subscriber.endpoint:
                 self._update(subscriber, endpoint)
-            if endpoint.status is EndpointStatus.PAUSED:
+            if endpoint.status is EndpointStatus.DISABLED:
+                self._disable(subscriber)
+            elif endpoint.status is EndpointStatus.PAUSED:
                 self._hold(subscriber)
             elif subscriber.lane.paused:
                 self.lanes.resume(subscriber.lane)
@@ -336,11 +341,19 @@ class Deliverer:
             self.lanes.pause(subscriber.lane)
         self._put_back(self.lanes.release(subscriber.lane))
 
-    def _dismiss(self, subscriber: Subscriber, reason: str) -> None:
+    def _disable(self, subscriber: Subscriber) -> None:
+        """Discard what waits. The subscriber stays: enabled again, it still has requests out and its head."""
+        self._ledger.forgive(subscriber.endpoint.id)
+        self.lanes.pause(subscriber.lane)
+        for delivery in self.lanes.release(subscriber.lane):
+            self.discard(delivery, "the webhook is disabled")
+        self.on_dismissed(subscriber.endpoint.id)
+
+    def _dismiss(self, subscriber: Subscriber) -> None:
         del self.subscribers[subscriber.endpoint.id]
         self._ledger.forgive(subscriber.endpoint.id)
         for delivery in self.lanes.forget(subscriber.lane):
-            self.discard(delivery, reason)
+            self.discard(delivery, "the webhook was deleted")
         if subscriber.origin is not None:
             subscriber.origin.close()
         self.on_dismissed(subscriber.endpoint.id)
