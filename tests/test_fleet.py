@@ -18,6 +18,8 @@ import asyncpg
 import pytest
 from daemons import DISPATCHER, PATIENCE_S, Program, connected, subscribe
 
+from dispatcher.store.schema import written_for
+
 SHARDS = 4
 MOST = 3  # requests at once, for each webhook that is not ordered
 
@@ -268,8 +270,10 @@ async def test_engine_and_web_run_apart(program: Callable[..., Program], receive
         async with asyncio.timeout(PATIENCE_S):
             roles: list[str] = []
             while roles != ["active", "web"]:  # told each second
-                rows = await connection.fetch("SELECT role FROM dispatcher.instance ORDER BY role")
+                rows = await connection.fetch("SELECT role, snapshot FROM dispatcher.instance ORDER BY role")
                 roles = [row["role"] for row in rows]
+        written = {json.loads(row["snapshot"])["schema"] for row in rows}
+        assert written == {written_for()}, "or no migration that takes something away would ever be applied beside them"
         assert [each.daemon for each in receiver.arrivals] == ["engine"]
         async with session.get(f"http://{web.metrics}/metrics") as answer:
             assert 'dispatcher_deliveries_total{state="delivered"} 0.0' in await answer.text(), "or a sum counts twice"

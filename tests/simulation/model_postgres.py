@@ -536,7 +536,7 @@ def _take_over(server: ModelPostgres, transaction: Transaction, shard: int) -> l
 
 @_reads("shard", "cursor")
 def _cursor(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
-    return [Record(**server.shards[shard])]
+    return [Record(**server.shards[shard], is_ahead=False)]
 
 
 @_reads("shard", "fall_asleep")
