@@ -73,6 +73,11 @@ def trouble_of(webhook: WebhookState, now: datetime) -> Trouble | None:
 def explained(error: str | None) -> tuple[str, str]:
     """What an attempt's failure means, and what to do about it."""
     error = error or "no answer"
+    if error.startswith("timed out"):
+        return (
+            f"It takes too long: {error}.",
+            "Let its handler answer 2xx at once and work later, or give it more time in the settings.",
+        )
     if not error.isdecimal():
         return (
             f"It could not be reached: {error}.",
