@@ -91,6 +91,8 @@ def explained(error: str | None) -> tuple[str, str]:
             )
         case 404 | 405:
             return f"It answers {error}: nothing takes POST requests there.", "Check the path of the URL."
+        case 410:
+            return "It answers 410: it wants nothing more.", "Resume its webhook once it does, and send this again."
         case 429:
             return "It answers 429: too many requests.", "Set a rate limit it can keep up with."
         case status if 300 <= status < 400:

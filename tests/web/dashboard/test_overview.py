@@ -56,6 +56,18 @@ async def test_the_figures_are_those_of_the_log(house: House, browser: Browser) 
     assert "p95 12 ms" in words
 
 
+async def test_what_is_sent_again_has_not_waited_since_its_event_was_written(house: House, browser: Browser) -> None:
+    webhook = await house.webhook()
+    await house.pending(webhook["id"], await house.event())
+    await house.db.execute("UPDATE dispatcher.pending SET event_at = now() - interval '9 days'")
+    assert "Behind since" in (await browser.get("/")).words
+    await house.db.execute("UPDATE dispatcher.pending SET generation = 1")
+    for path in ("/", f"/webhooks/{webhook['id']}"):
+        words = (await browser.get(path)).words
+        assert "Behind" not in words
+        assert "all of them sent again" in words
+
+
 async def test_what_is_stuck_stands_first_with_since_when_why_and_what_to_do(house: House, browser: Browser) -> None:
     await house.webhook(url="https://example.com/fine")
     paused = await house.webhook(url="https://example.com/paused")
