@@ -246,6 +246,7 @@ class Transport:
         self._dials: dict[Dial, Origin] = {}
         self._dial_queue: collections.deque[Origin] = collections.deque()  # round robin
         self._timer: asyncio.TimerHandle | None = None
+        self._made_room = False  # since the last sweep
         self._closed = False  # to new requests
         self._released = False  # and the old ones were given up
         self._quiet = asyncio.Event()  # closed, and nothing is left
@@ -340,13 +341,22 @@ class Transport:
             self._dial_next()
 
     def _has_room(self) -> bool:
-        """Whether another connection may be opened. If not, the one idle for longest makes room, in a later turn."""
+        """Whether another connection may be opened. If not, those idle for longest make room, in a later turn.
+
+        Finding them is a walk over all connections, so it happens once between two sweeps, for all that wait.
+        """
         if len(self._dials) + len(self.connections) < self.settings.connections_max:
             return True
-        idle = (connection for connection in self.connections if connection.is_idle)
-        if (oldest := min(idle, key=_deadline, default=None)) is not None:
-            oldest.retire()
+        if not self._made_room:
+            self._made_room = True
+            self._retire_idle(len(self._dial_queue))
         return False
+
+    def _retire_idle(self, most: int) -> None:
+        """Close connections, those idle for longest first."""
+        idle = [connection for connection in self.connections if connection.is_idle]
+        for connection in heapq.nsmallest(most, idle, key=_deadline):
+            connection.retire()
 
     @property
     def _dial_share(self) -> int:
@@ -404,15 +414,16 @@ class Transport:
         for dial in [dial for dial in self._dials if dial.deadline < now]:
             dial.cancel()
         self._trim_idle()
+        self._made_room = False
+        self._dial_on()
         self._arm()
 
     def _trim_idle(self) -> None:
         """Between two sweeps more may be idle, but never more than were active."""
         limit = self.settings.idle_connections_max
         if len(self.connections) > limit:
-            idle = [connection for connection in self.connections if connection.is_idle]
-            for connection in heapq.nsmallest(len(idle) - limit, idle, key=_deadline):
-                connection.retire()
+            idle = sum(connection.is_idle for connection in self.connections)
+            self._retire_idle(idle - limit)
 
     def _note_quiet(self) -> None:
         if self._closed and not self.connections and not self._dials and not self._dial_queue:
