@@ -56,9 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     simulation.addoption("--seeds", type=int, default=500, help="how many worlds to simulate (default: %(default)s)")
     simulation.addoption("--seed", type=int, help="one world to simulate, with its history")
     chaos = parser.getgroup("chaos")
-    chaos.addoption(
-        "--rounds", type=int, default=6, help="how often to kill what is to be killed (default: %(default)s)"
-    )
+    chaos.addoption("--rounds", type=int, default=6, help="how often to strike (default: %(default)s)")
     chaos.addoption("--moments", type=int, help="a seed: when to strike, as an earlier run printed it")
 
 

@@ -74,6 +74,11 @@ class Program:
             self.process.wait()
 
     @property
+    def name(self) -> str:
+        """What it calls itself in User-Agent, where the test has given it a name."""
+        return self.environment["DISPATCHER_BRAND_USER_AGENT"]
+
+    @property
     def runs(self) -> bool:
         return self.process is not None and self.process.poll() is None
 

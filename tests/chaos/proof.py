@@ -60,9 +60,12 @@ class Proof:
         }
         await subscribe(self._dsn, daemon, urls)
 
-    async def crashed(self, daemon: Program, *, is_gone: bool = True) -> None:
-        """A daemon was killed, or stopped where it was: see what it had out or not on record."""
-        name, connections = daemon.environment["DISPATCHER_BRAND_USER_AGENT"], self._subscribers.connections
+    async def crashed(self, name: str, *, is_gone: bool = True) -> None:
+        """A daemon was killed, or stopped where it was: see what it had out or not on record.
+
+        `name` is what it calls itself in User-Agent.
+        """
+        connections = self._subscribers.connections
         async with asyncio.timeout(PATIENCE_S):
             while is_gone and not {name, ""}.isdisjoint(list(connections.values())):  # until all it sent has arrived
                 await asyncio.sleep(0.005)

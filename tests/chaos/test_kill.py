@@ -29,7 +29,7 @@ async def test_kill_9_at_random_moments_under_load(siege: Siege, rounds: range) 
                 await until(lambda wanted=wanted: len(subscribers.arrivals) >= wanted, "the load to be under way")  # type: ignore[misc]
             daemon.signal(signal.SIGKILL)
             assert await daemon.ended() == -signal.SIGKILL, daemon.log.read_text()
-            await siege.proof.crashed(daemon)
+            await siege.proof.crashed(daemon.name)
             daemon.start()
         await daemon.is_ready()
     siege.tell(await siege.proof.holds())

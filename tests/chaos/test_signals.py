@@ -36,8 +36,7 @@ async def test_drains_and_reloads_under_load_repeat_nothing(siege: Siege) -> Non
 
 async def test_a_standby_takes_over_from_one_that_is_killed_hangs_or_drains(siege: Siege) -> None:
     def sent_by(daemon: Program) -> int:
-        name = daemon.environment["DISPATCHER_BRAND_USER_AGENT"]
-        return sum(arrival.daemon == name for arrival in siege.subscribers.arrivals[:])
+        return sum(arrival.daemon == daemon.name for arrival in siege.subscribers.arrivals[:])
 
     first, second = await siege.serving(), siege.daemon()
     second.start()
@@ -47,7 +46,7 @@ async def test_a_standby_takes_over_from_one_that_is_killed_hangs_or_drains(sieg
         await more_arrive(siege)
         first.signal(signal.SIGKILL)
         await first.ended()
-        await siege.proof.crashed(first)
+        await siege.proof.crashed(first.name)
         await second.is_ready()
         await more_arrive(siege)
 
@@ -56,7 +55,7 @@ async def test_a_standby_takes_over_from_one_that_is_killed_hangs_or_drains(sieg
         await siege.application.burst(LOAD)
         second.signal(signal.SIGSTOP)
         await first.is_ready()
-        await siege.proof.crashed(second, is_gone=False)
+        await siege.proof.crashed(second.name, is_gone=False)
         await more_arrive(siege)
         before = sent_by(second)
         second.signal(signal.SIGCONT)
