@@ -60,7 +60,7 @@ class TransportSettings:
 
     keepalive_s: float = 60.0  # an idle connection is closed after that
     idle_connections_max: int = 1000  # over all endpoints: 50 MiB if all are TLS (50 KiB each, a plain one 2.3)
-    connections_max: int = 10_000  # idle, active and being dialled: a descriptor each, and there may be few
+    connections_max: int = 100_000  # idle, active and being dialled: a descriptor each, and there may be few
     response_bytes_max: int = 65_536  # read of one response, head included, give or take the last read
     body_kept_bytes: int = 4096
     head_bytes_max: int = 32_768  # interim responses included
