@@ -129,6 +129,13 @@ MUTANTS = [
         _stormy,
     ),
     Mutant(
+        "what is to be held is forgotten",
+        Deliverer, "park",
+        "self._write_row(delivery, HELD_UNTIL)",
+        "self._ledger._resolve(delivery)",
+        _stormy,
+    ),
+    Mutant(
         "no barrier before sleeping: lock, poll once, sleep",
         OutboxReader, "_fall_asleep",
         "self._barrier = await self._connection.fetchval(self._sql[\"own_xid\"])",
