@@ -1,6 +1,7 @@
 """What must hold, judged from outside: by what is committed, what arrives, and what the engine says it holds.
 
-    at every step       each delivery in memory has one owner, and the sums agree (conservation)
+    at every step       each delivery in memory has one owner, the sums agree, and what leaves memory is on record or
+                        behind the cursor still (conservation)
     at every commit     the cursor passes nothing that is neither settled nor in a pending row; nothing is settled or
                         logged twice; a pending row goes only with its settlement; no retry is due early
     at every request    window, `ordered`, rate limit, pause, due time, signature
@@ -94,7 +95,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         self.latest_wall = 0.0  # before the clock was set back: what was due then is due
         self.is_unsound = False  # a crash has undone commits: order and repeats say nothing any more
         self._ids = ids
-        self._balanced_at = 0
+        self._seen: dict[Engine, tuple[Any, set[Key], bool]] = {}  # as they were when anything moved last
 
     def fail(self, what: str) -> None:
         if self.violation is None:
@@ -106,27 +107,48 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
     def step(self) -> None:
         for daemon in self.daemons.values():
             for engine in daemon.engines:
-                if engine.deliverer.balance:
-                    self.fail(f"{daemon}: {engine.deliverer.balance} deliveries nobody can account for")
-        self._balanced_at += 1
-        if self._balanced_at % 50 == 0:
-            for daemon in self.daemons.values():
-                self._owners(daemon)
+                deliverer, ledger = engine.deliverer, engine.ledger
+                if deliverer.balance:
+                    self.fail(f"{daemon}: {deliverer.balance} deliveries nobody can account for")
+                counts = (
+                    deliverer.taken, deliverer.passed_on, deliverer.lanes.queued, len(deliverer.in_flight),
+                    ledger.buffered, len(deliverer.rows), deliverer.running,
+                )  # fmt: skip
+                seen = self._seen.get(engine)
+                if seen is None or seen[0] != counts:
+                    self._look_into(daemon, engine, counts)
         if self.violation is not None:
             raise Violation(self.violation)
 
-    def _owners(self, daemon: Daemon) -> None:
-        keys = []
-        for engine in daemon.engines:
-            deliverer = engine.deliverer
-            try:
-                deliverer.lanes.check()
-            except AssertionError as error:
-                self.fail(f"{daemon}: {error}")
-            queued = [getattr(entry, "item", entry) for s in deliverer.subscribers.values() for entry in s.lane.todo]
-            keys += [delivery.key for delivery in (*queued, *deliverer.in_flight)]
-        if len(set(keys)) != len(keys):
+    def _look_into(self, daemon: Daemon, engine: Engine, counts: Any) -> None:
+        """Something has moved: everything is somewhere, and in one place."""
+        deliverer, ledger = engine.deliverer, engine.ledger
+        try:
+            deliverer.lanes.check()
+        except AssertionError as error:
+            self.fail(f"{daemon}: {error}")
+        queued = [getattr(entry, "item", entry) for s in deliverer.subscribers.values() for entry in s.lane.todo]
+        owned = [*queued, *deliverer.in_flight]
+        keys = {delivery.key for delivery in owned}
+        if len(keys) != len(owned):
             self.fail(f"{daemon}: a delivery has two owners")
+        waiting = Counter(id(delivery.page) for delivery in owned if delivery.page is not None)
+        opened = [ledger._open, *([ledger._doubt[1]] if ledger._doubt else [])]
+        waiting.update(id(page) for page in ledger._open.pages)
+        for delivery in owned:
+            if delivery.page is not None and waiting[id(delivery.page)] > delivery.page.left:
+                self.fail(f"{daemon}: the page of {delivery.key} is resolved before its deliveries are")
+        for each in opened:
+            keys.update((row[2], row[0], row[3]) for row in each.attempts)
+            keys.update(each.pending)
+        _, before, was_running = self._seen.get(engine, (None, set(), False))
+        self._seen[engine] = (counts, keys, deliverer.running)
+        for key in before - keys:
+            if key in self.finals or key in self.server.pending:
+                continue
+            dropped = self.is_unsound or not (was_running and deliverer.running)  # it will be read again
+            if not dropped or key[2] or (key[:2] in self.open and self._is_passed(self.open[key[:2]], engine.shard)):
+                self.fail(f"{daemon}: {key} has left memory and is nowhere")
 
     # ── at every commit ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -252,22 +274,20 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
 
     def _passed(self, number: int) -> None:
         """A shard's cursor has moved: everything it says is read must be settled or pending."""
-        shard = self.server.shards[number]
-        visible = self.server.visible
-        prev, cur, at = shard["prev"], shard["cur"], (shard["at_xid"], shard["at_seq"])
         for (endpoint, seq), event in self.open.items():
-            is_read = visible(event.xid, prev) or (
-                cur is not None and visible(event.xid, cur) and self._is_before(event, prev, at)
-            )
             # What cannot be sent is discarded by the first shard, whoever's it would be.
             reader = min(self.server.shards) if seq in self.odd else self.server.shard_of(endpoint)
-            if is_read and reader == number:
+            if reader == number and self._is_passed(event, number):
                 self.fail(f"event {seq} is lost for webhook {endpoint}: the cursor is beyond it")
                 return
 
-    def _is_before(self, event: Event, prev: Any, at: tuple[int, int]) -> bool:
+    def _is_passed(self, event: Event, number: int) -> bool:
+        shard, visible = self.server.shards[number], self.server.visible
+        if visible(event.xid, shard["prev"]):
+            return True
         # A page's order: what was in progress in `prev` first, by transaction, then the others, by transaction.
-        return (event.xid, event.seq) <= at
+        at = (shard["at_xid"], shard["at_seq"])
+        return shard["cur"] is not None and visible(event.xid, shard["cur"]) and (event.xid, event.seq) <= at
 
     def rolled_back(self) -> None:
         """Asynchronous commits are gone: what they had settled is open again."""
@@ -409,8 +429,6 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         return not self.owed and not self.server.pending
 
     def conclude(self) -> None:
-        for daemon in self.daemons.values():
-            self._owners(daemon)
         if self.repeats > self.allowance:
             self.fail(f"{self.repeats} requests were repeats, the bound is {self.allowance}")
         if not self.is_unsound:

@@ -66,6 +66,27 @@ def _fleet(plan: Plan) -> None:
     plan.daemons, plan.shards, plan.webhooks = 3, 3, max(plan.webhooks, 4)
 
 
+def _in_order(plan: Plan) -> None:
+    plan.kind, plan.daemons, plan.ordered, plan.webhooks = "stormy", 1, 1.0, 2
+    plan.slow = "flush"
+
+
+def _enabled_again(plan: Plan) -> None:
+    _in_order(plan)
+    plan.disable_after_s, plan.faults, plan.acts = 1.0, 12, ("_change_mood",)
+
+
+def _killed(plan: Plan) -> None:
+    _in_order(plan)
+    plan.faults, plan.acts = 12, ("_change_mood", "_burn")
+
+
+def _read_again(plan: Plan) -> None:
+    _in_order(plan)
+    plan.length_s, plan.transactions, plan.burst, plan.page_rows, plan.max_queued = 10.0, 5, 120, 10, 16
+    plan.faults, plan.acts = 16, ("_burn", "_restart_server", "_cut", "_cut")
+
+
 def _slow_refill(plan: Plan) -> None:
     plan.kind, plan.daemons, plan.faults, plan.transactions = "stormy", 1, 0, 30
     plan.length_s, plan.failing, plan.slow = 6.0, True, "refill"
@@ -104,6 +125,13 @@ MUTANTS = [
         "a straggler gets no pending row",
         Deliverer, "insure",
         "self._ledger.pending(delivery, _PENDING, due, None, straggler=True)",
+        "self._ledger._resolve(delivery)",
+        _stormy,
+    ),
+    Mutant(
+        "what is to be held is forgotten",
+        Deliverer, "park",
+        "self._write_row(delivery, HELD_UNTIL)",
         "self._ledger._resolve(delivery)",
         _stormy,
     ),
@@ -149,6 +177,34 @@ MUTANTS = [
         "subscriber.head_key = delivery.key",
         "pass",
         _stormy,
+    ),
+    Mutant(
+        "ordered: what is read again may be pulled for before it is in the database",
+        OutboxReader, "_route",
+        "if self.recovering:  # what is held",
+        "if False:  # what is held",
+        _read_again,
+    ),
+    Mutant(
+        "ordered: a webhook that is disabled forgets its head",
+        Deliverer, "_disable",
+        "        self.lanes.pause(subscriber.lane)\n",
+        "        self.lanes.pause(subscriber.lane)\n        subscriber.head_key = None\n",
+        _enabled_again,
+    ),
+    Mutant(
+        "ordered: a webhook that is enabled again sends before it has looked at what is left",
+        Deliverer, "_update",
+        "if old.status is EndpointStatus.DISABLED:",
+        "if False:",
+        _enabled_again,
+    ),
+    Mutant(
+        "ordered: a new session does not look for heads",
+        Retries, "start",
+        "subscriber.head_key = heads.get(endpoint_id)",
+        "subscriber.head_key = None",
+        _killed,
     ),
     Mutant(
         "a pause is not heeded",
