@@ -127,7 +127,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 _SUMS: Final = ("events", "released", "in_flight", "queued", "buffered", "retries_waiting", "database_losses")
 _TALLIES: Final = ("deliveries", "attempts", "endpoints", "lanes", "connections")
 _MOSTS: Final = (
-    "progress_age_s", "at_unix_s", "outbox_lag_s", "outbox_backlog", "oldest_pending_s", "event_loop_lag_s",
+    "schema", "progress_age_s", "at_unix_s", "outbox_lag_s", "outbox_backlog", "oldest_pending_s", "event_loop_lag_s",
+    "retention_unix_s",
 )  # fmt: skip
 """Every shard reads the whole outbox, so what is behind is as far behind as the last of them."""
 _SHARED: Final = ("instances", "partitions_until_unix_s")
@@ -137,6 +138,7 @@ WORST: Final = 10  # webhooks in a snapshot
 
 def total(snapshots: Sequence[Snapshot]) -> Snapshot:
     """Several snapshots, of different shards or processes, as one."""
+    pruned = max(snapshots, key=lambda s: s.retention_unix_s, default=Snapshot())  # who saw the tables last
     operations = dict.fromkeys(name for s in snapshots for name in s.database_operations)
     worst = [endpoint for s in snapshots for endpoint in s.worst]
     worst.sort(key=lambda endpoint: (endpoint.health == "ready", -endpoint.queued))
@@ -154,6 +156,8 @@ def total(snapshots: Sequence[Snapshot]) -> Snapshot:
         database=bool(snapshots) and all(s.database for s in snapshots),
         database_operations={n: d for n in operations if (d := _sum(s.database_operations.get(n) for s in snapshots))},
         worst=worst[:WORST],
+        tables=pruned.tables,
+        astray_rows=pruned.astray_rows,
         **rest,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from dispatcher.telemetry import HistogramData, Snapshot, Telemetry, TroubledEndpoint, total
+from dispatcher.telemetry import HistogramData, Snapshot, TableSize, Telemetry, TroubledEndpoint, total
 
 ONE = Snapshot(
     role="active", shards=[2], database=True, progress_age_s=0.5, at_unix_s=10.0, events=3, deliveries={"delivered": 5},
@@ -54,12 +54,22 @@ def test_histograms_with_other_bounds_are_left_out() -> None:
 def test_no_field_is_forgotten(name: str) -> None:
     """What a shard says is in the sum of it and nothing else."""
     telemetry = Telemetry()
-    telemetry.released = 3
+    telemetry.events = telemetry.released = 3
     whole = Snapshot(
         role="active", shards=[3], database=True, progress_age_s=1.0, at_unix_s=1.0, outbox_lag_s=1.0,
         outbox_backlog=1, in_flight=1, queued=1, buffered=1, retries_waiting=1, oldest_pending_s=1.0,
         endpoints={"active": 1}, lanes={"ready": 1}, connections={"idle": 1}, worst=ONE.worst, database_losses=2,
         instances={"active": 1}, partitions_until_unix_s={"outbox": 1.0},
+        schema=7, tables=[TableSize("outbox", 4096, 9, 1)], astray_rows={"outbox": 2}, retention_unix_s=1.0,
         **telemetry.counters() | {"event_loop_lag_s": 1.0},
     )  # fmt: skip
-    assert getattr(total([whole]), name) == getattr(whole, name)
+    assert getattr(whole, name) != getattr(Snapshot(), name), "or nothing is shown"
+    assert getattr(total([whole, Snapshot(database=True)]), name) == getattr(whole, name)
+
+
+def test_tables_are_as_whoever_pruned_last_saw_them() -> None:
+    """A shard moves from daemon to daemon, and the retention of the whole database with it."""
+    early = Snapshot(retention_unix_s=1.0, tables=[TableSize("outbox", 1, 1, 1)], astray_rows={"outbox": 5})
+    late = Snapshot(retention_unix_s=2.0, tables=[TableSize("outbox", 2, 2, 2)])
+    for both in (total([early, late, Snapshot()]), total([Snapshot(), late, early])):
+        assert (both.tables, both.astray_rows, both.retention_unix_s) == (late.tables, {}, 2.0)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import msgspec
 import structlog
 
 from dispatcher.core.addresses import Guard
@@ -125,6 +126,9 @@ class Engine:
         self._vault = vault
         self._stopping = asyncio.Event()
         self._member = member
+        self._is_elsewhere = (
+            False  # another daemon has the shard: what memory holds of it besides requests is out of date
+        )
         self._has_duties = shard == shard_numbers(shards)[0]  # of the database as a whole: one shard sees to them
         self._parts = 1  # of the limits: how many engines share them
         self._drain_s: float | None = None  # None: as configured
@@ -283,6 +287,7 @@ class Engine:
 
     def _stand_by(self) -> None:
         self.role = "standby"
+        self._is_elsewhere = True
         self.settled = True
         log.info("standby", shard=self.shard, waits_for="the lease of another daemon on this database")
 
@@ -344,6 +349,7 @@ class Engine:
         listener.on_wake = reader.hear
         listener.on_valid = self.deliverer.send_until
         self.role = "active"
+        self._is_elsewhere = False
         self.settled = True
         self.deliverer.running = True
         log.info("active", shard=self.shard, epoch=self._epoch, endpoints=len(reader.registry))
@@ -472,27 +478,32 @@ class Engine:
         wall = datetime.fromtimestamp(self._wall(), UTC)
         active = self.role == "active" and reader is not None and retries is not None
         moved_at = min(reader.progress_at, retries.progress_at) if active and reader and retries else None
-        behind = reader.read_to if active and reader else None
-        oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
-        return Snapshot(
+        ours = Snapshot(
             schema=written_for(),
             role=self.role,
-            shards=[self.shard] if active else [],
             database=self.database,
             database_losses=self.losses,
             progress_age_s=max(0.0, now - moved_at) if moved_at is not None else 0.0,
             at_unix_s=self._wall(),
             **self.telemetry.counters(),
+            in_flight=len(deliverer.in_flight),
+            buffered=self.ledger.buffered,
+            connections=self._transport.count_connections(),
+        )
+        if self._is_elsewhere:
+            return ours
+        behind = reader.read_to if active and reader else None
+        oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
+        return msgspec.structs.replace(
+            ours,
+            shards=[self.shard] if active else [],
             outbox_lag_s=max(0.0, (wall - behind).total_seconds()) if behind else 0.0,
             outbox_backlog=max(0, self._newest_seq - reader.read_seq) if behind and reader else 0,
-            in_flight=len(deliverer.in_flight),
             queued=lanes.queued,
-            buffered=self.ledger.buffered,
             retries_waiting=retries.waiting if retries else 0,
             oldest_pending_s=max(0.0, (wall - min(oldest)).total_seconds()) if oldest else 0.0,
             endpoints=dict(self._statuses),
             lanes={health.value: n for health, n in lanes.healths.items()},
-            connections=self._transport.count_connections(),
             instances=dict(self._instances) if active else {},
             partitions_until_unix_s=dict(self._partitions_until) if active else {},
             worst=[

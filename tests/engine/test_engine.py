@@ -13,7 +13,8 @@ from house import PATIENCE_S, Arrival, House, until
 
 from dispatcher.engine import engine, outbox
 from dispatcher.errors import ConfigurationError, SchemaMismatch
-from dispatcher.store.database import TROUBLE
+from dispatcher.store.database import TROUBLE, connect
+from dispatcher.store.shard import ShardStore
 from dispatcher.store.vault import Vault
 
 CONNECTIONS = ("listener", "reader", "writer", "retries", "upkeep")
@@ -275,6 +276,37 @@ async def test_standby_takes_over_when_the_owner_loses_its_connections(house: Ho
     assert second.engine.role == "active"
     assert await house.app.fetchval("SELECT epoch FROM dispatcher.shard") == 2
     assert len(house.receiver.arrivals) == 20
+
+
+async def test_standby_counts_nothing_of_what_it_had_as_the_owner(house: House) -> None:
+    """The other one counts it: a sum over both would have it twice."""
+    await house.webhook(max_concurrency=1)
+    first = await house.start()
+    release = asyncio.Event()
+
+    async def slowly(arrival: Arrival) -> int:
+        await release.wait()
+        return 200
+
+    house.receiver.answer = slowly
+    await house.emit(1, 10)
+    await until(lambda: first.engine.snapshot().queued == 9)
+    await until(lambda: first.engine.snapshot().tables)
+    other = await connect(house.dsn, name="other", engine=True)
+    while not await ShardStore(other, 0).try_lease():  # it may have it back before we ask
+        await house.cut("listener")
+    await until(lambda: first.engine.snapshot().role == "standby" and first.engine.snapshot().database)
+    await until(lambda: not first.engine.snapshot().queued)
+    seen = first.engine.snapshot()
+    assert (seen.endpoints, seen.lanes, seen.worst, seen.retries_waiting, seen.tables) == ({}, {}, [], 0, [])
+    assert seen.in_flight == 1, "that is its own"
+    assert seen.events == 10
+    await other.close()
+    release.set()
+    await until(lambda: house.settled(10))
+    await house.active(first)
+    seen = first.engine.snapshot()
+    assert (seen.endpoints["active"], seen.lanes["ready"]) == (1, 1)
 
 
 async def test_old_owner_that_wakes_up_writes_nothing_and_stands_by(house: House) -> None:

@@ -125,6 +125,8 @@ HEALTHY = {
     'dispatcher_database_seconds_bucket{job="dispatcher", instance="a", operation="flush", le="1.0"}': "0+600x300",
     'dispatcher_database_seconds_bucket{job="dispatcher", instance="a", operation="flush", le="+Inf"}': "0+600x300",
     'dispatcher_partitions_until_timestamp_seconds{job="dispatcher", instance="a", table="outbox"}': "604800x300",
+    'dispatcher_default_partition_rows{job="dispatcher", instance="a", table="outbox"}': "0x300",
+    'dispatcher_retention_last_run_timestamp_seconds{job="dispatcher", instance="a"}': "0+60x300",
     'dispatcher_state_filesystem_avail_bytes{job="dispatcher", instance="a"}': "50x300",
     'dispatcher_state_filesystem_size_bytes{job="dispatcher", instance="a"}': "100x300",
 }
@@ -169,6 +171,10 @@ TROUBLES = {
     "DispatcherDnsFailing": Trouble({of("dispatcher_attempts_total", result="dns"): "0+300x300"}, "9m", "15m"),
     "DispatcherPartitionHorizonShort": Trouble(
         {of("dispatcher_partitions_until_timestamp_seconds"): "200000x300"}, "59m", "61m"
+    ),
+    "DispatcherRowsAstray": Trouble({of("dispatcher_default_partition_rows"): "5x300"}, "59m", "61m"),
+    "DispatcherRetentionStalled": Trouble(
+        {of("dispatcher_retention_last_run_timestamp_seconds"): "0x300"}, "129m", "135m"
     ),
     "DispatcherDiskFilling": Trouble({of("dispatcher_state_filesystem_avail_bytes"): "9x300"}, "9m", "11m"),
     "DispatcherFilesShort": Trouble({of("process_open_fds"): "60000x300"}, "9m", "11m"),
