@@ -18,6 +18,8 @@ import aiohttp
 import asyncpg
 import pytest
 
+from dispatcher.store.database import TROUBLE
+
 PATIENCE_S = 60.0  # for what must happen; nothing here asserts how fast
 DISPATCHER = [sys.executable, "-c", "from dispatcher.cli.operator import main; main()"]
 
@@ -142,6 +144,22 @@ async def connected(dsn: str) -> AsyncIterator[Any]:
         yield connection
     finally:
         await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def reached(dsn: str) -> AsyncIterator[Any]:
+    """A connection as soon as there is one to be had: the server may be starting or recovering."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                connection = await asyncpg.connect(dsn)
+                break
+            except TROUBLE:
+                await asyncio.sleep(0.02)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
 
 
 async def emit(connection: Any, count: int) -> list[str]:

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 import asyncpg
+from daemons import reached
 
 from dispatcher.store.database import TROUBLE
 
@@ -64,12 +65,10 @@ class Application:
 
     async def burst(self, count: int) -> None:
         """Commit so many events at once."""
-        connection = await asyncpg.connect(self._dsn)
         events = {f"evt_burst{next(self._numbers)}": TYPES[0] for _ in range(count)}
-        async with connection.transaction():
+        async with reached(self._dsn) as connection, connection.transaction():
             await connection.executemany(INSERT, [(event, kind, "{}") for event, kind in events.items()])
         self.committed |= events
-        await connection.close()
 
     async def _write_on(self) -> None:
         while not self._ending.is_set():
@@ -129,9 +128,8 @@ class Application:
 
     async def _ask(self) -> None:
         """Settle what is in doubt by what PostgreSQL has."""
-        connection = await asyncpg.connect(self._dsn)
-        found = await connection.fetch("SELECT id FROM dispatcher.outbox WHERE id = ANY ($1)", list(self.in_doubt))
-        await connection.close()
+        async with reached(self._dsn) as connection:
+            found = await connection.fetch("SELECT id FROM dispatcher.outbox WHERE id = ANY ($1)", list(self.in_doubt))
         there = {row["id"] for row in found}
         for event, kind in self.in_doubt.items():
             (self.committed if event in there else self.rolled_back)[event] = kind

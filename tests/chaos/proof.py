@@ -60,15 +60,12 @@ class Proof:
         }
         await subscribe(self._dsn, daemon, urls)
 
-    async def crashed(self, name: str, *, is_gone: bool = True) -> None:
+    async def crashed(self, name: str) -> None:
         """A daemon was killed, or stopped where it was: see what it had out or not on record.
 
         `name` is what it calls itself in User-Agent.
         """
-        connections = self._subscribers.connections
-        async with asyncio.timeout(PATIENCE_S):
-            while is_gone and not {name, ""}.isdisjoint(list(connections.values())):  # until all it sent has arrived
-                await asyncio.sleep(0.005)
+        await self._subscribers.caught_up()
         sent = {arrival.key for arrival in self._subscribers.arrivals[:] if arrival.daemon == name}
         exposed = sent - await self._on_record()
         self.crashes += 1

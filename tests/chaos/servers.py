@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
-import asyncpg
-from daemons import PATIENCE_S
+from daemons import reached
 
 from dispatcher.embedded import EmbeddedPostgres
-from dispatcher.store.database import TROUBLE
 from dispatcher.store.schema import migrate
 
 
@@ -46,29 +41,14 @@ class Server(EmbeddedPostgres):
         """What `pg_ctl stop -m immediate` does."""
         await self.die(signal.SIGQUIT)
 
-    @contextlib.asynccontextmanager
-    async def asked(self) -> AsyncIterator[Any]:
-        """A connection, once it can be had: the server may be recovering."""
-        async with asyncio.timeout(PATIENCE_S):
-            while True:
-                try:
-                    connection = await asyncpg.connect(self.dsn)
-                    break
-                except TROUBLE:
-                    await asyncio.sleep(0.02)
-        try:
-            yield connection
-        finally:
-            connection.terminate()
-
     async def backends(self) -> list[int]:
         """Processes that serve a daemon."""
-        async with self.asked() as connection:
+        async with reached(self.dsn) as connection:
             rows = await connection.fetch("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'dispatcher %'")
         return [row["pid"] for row in rows]
 
     async def cut_all(self) -> None:
-        async with self.asked() as connection:
+        async with reached(self.dsn) as connection:
             await connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"

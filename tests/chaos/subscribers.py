@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import uvloop
 
 SLOW_S = 0.03
+TURNS = 10
 
 
 class Key(NamedTuple):
@@ -50,7 +51,8 @@ class Subscribers:
     def __init__(self) -> None:
         self.arrivals: list[Arrival] = []
         self.answered: Counter[tuple[str, str]] = Counter()  # path and event, by 200
-        self.connections: dict[Any, str] = {}  # whose each is; "" before its first request
+        self.connections: set[Any] = set()
+        self.most_open = 0  # of these at once
         self.url = ""
         self._dice = random.Random(1)
 
@@ -59,9 +61,19 @@ class Subscribers:
             return None
         return self._dice.uniform(0, SLOW_S) if path.startswith("/slow") else 0.0
 
+    async def caught_up(self) -> None:
+        """Return when all that was sent before is in the ledger: accepted in one turn of the loop, read in the next."""
+
+        async def turns() -> None:
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(turns(), self._loop))
+
     @contextmanager
     def open(self) -> Iterator[Subscribers]:
         loop, ready = uvloop.new_event_loop(), threading.Event()
+        self._loop = loop
 
         async def serve() -> None:
             server = await loop.create_server(lambda: Peer(self, loop), "127.0.0.1", 0, backlog=4096)
@@ -97,10 +109,12 @@ class Peer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
-        self._subscribers.connections[transport] = ""
+        open_now = self._subscribers.connections
+        open_now.add(transport)
+        self._subscribers.most_open = max(self._subscribers.most_open, len(open_now))
 
     def connection_lost(self, _: Exception | None) -> None:
-        self._subscribers.connections.pop(self._transport, None)
+        self._subscribers.connections.discard(self._transport)
 
     def data_received(self, data: bytes) -> None:
         self._data += data
@@ -112,7 +126,6 @@ class Peer(asyncio.Protocol):
         self._data = b""
         key = Key(lines[0].split()[1], headers["webhook-id"], int(headers["X-Trackpost-Attempt"]))
         arrival = Arrival(key, headers["X-Trackpost-Delivery"], headers["User-Agent"])
-        self._subscribers.connections[self._transport] = arrival.daemon
         self._subscribers.arrivals.append(arrival)
         delay_s = self._subscribers.delay_s(key.path)
         if delay_s == 0.0:

@@ -48,10 +48,8 @@ class Crowd:
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
-    server = Server(
-        tmp_path / "postgres", max_connections=str(CONNECTIONS), superuser_reserved_connections="0",
-        reserved_connections="0",
-    )  # fmt: skip
+    settings = {"max_connections": str(CONNECTIONS), "superuser_reserved_connections": "0"}
+    server = Server(tmp_path / "postgres", **settings)
     yield server
     await asyncio.to_thread(server.stop)
 

@@ -55,7 +55,7 @@ async def test_a_standby_takes_over_from_one_that_is_killed_hangs_or_drains(sieg
         await siege.application.burst(LOAD)
         second.signal(signal.SIGSTOP)
         await first.is_ready()
-        await siege.proof.crashed(second.name, is_gone=False)
+        await siege.proof.crashed(second.name)
         await more_arrive(siege)
         before = sent_by(second)
         second.signal(signal.SIGCONT)
