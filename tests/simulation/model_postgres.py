@@ -190,6 +190,9 @@ class Watch:
     def rolled_back(self) -> None:
         """A crash has undone what was committed asynchronously."""
 
+    def queued(self, keys: list[Key]) -> None:
+        """A replay's step has committed."""
+
     def told_registry(self, backend: Backend | None, shard: int, version: int) -> None:
         """Somebody has read a shard's part of the registry."""
 
@@ -232,6 +235,7 @@ class ModelPostgres:
         ] = {}  # (endpoint, seq, generation, xid, at, state, attempts, due, error)
         self._held: dict[int, list[tuple[int, int]]] = {}  # endpoint -> (seq, generation), sorted
         self.discarded_events: dict[int, str] = {}
+        self.replays: dict[str, dict[str, Any]] = {}
         self._unsaved: list[Callable[[], None]] = []  # undoes what was committed asynchronously, the last one last
 
     # ── transactions ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -283,6 +287,10 @@ class ModelPostgres:
         transaction.locks.append(name)
         if len(queue) == 1:
             then()
+
+    def is_locked(self, name: str) -> bool:
+        """Whether SKIP LOCKED would skip it."""
+        return bool(self._locks.get(name))
 
     def _release(self, name: str, transaction: Transaction) -> None:
         queue = self._locks[name]
@@ -755,9 +763,150 @@ def _redeliver(server: ModelPostgres, transaction: Transaction, endpoint: int, s
     return [Record(generation=server.generation, pg_notify="")]
 
 
+# -- transactions of more than one statement, which are those of replays
+
+
+@_reads("", "BEGIN")
+def _begin(server: ModelPostgres, backend: Backend) -> list[Any]:
+    backend.transaction = server.begin(backend)
+    return ["BEGIN"]
+
+
+@_reads("", "COMMIT")
+def _commit(server: ModelPostgres, backend: Backend) -> list[Any]:
+    transaction, backend.transaction = _block(backend), None
+    transaction.commit()
+    return ["COMMIT"]
+
+
+@_reads("", "ROLLBACK")
+def _rollback(server: ModelPostgres, backend: Backend) -> list[Any]:
+    transaction, backend.transaction = _block(backend), None
+    transaction.abort()
+    return ["ROLLBACK"]
+
+
+def _block(backend: Backend) -> Transaction:
+    assert backend.transaction is not None
+    return backend.transaction
+
+
+@_writes("replay", "create", locks=("replay",))
+def _begin_replay(server: ModelPostgres, transaction: Transaction, *columns: Any) -> list[Any]:
+    job_id, endpoint, selection, types, since, until, most = columns
+    webhook = server.endpoints.get(endpoint)
+    running = [job for job in server.replays.values() if job["endpoint_id"] == endpoint and job["status"] == "running"]
+    if webhook is None or webhook["status"] == "disabled" or len(running) >= most:
+        return []
+    transaction.number()
+    server.generation += 1
+    job = server.replays[job_id] = {
+        "id": job_id, "endpoint_id": endpoint, "generation": server.generation, "selection": selection, "types": types,
+        "since": since, "until": until, "status": "running", "reason": None, "reached_at": None, "first_seq": None,
+        "reached_seq": None, "newest_seq": None, "looked": 0, "queued": 0, "created_at": server.clock(),
+        "finished_at": None, "after_id": "",
+    }  # fmt: skip
+    transaction.notes["dispatcher_pending", "replay"] = None
+    server.saved(transaction, None)
+    return [Record(**job)]
+
+
 @_reads("replay", "running")
 def _replays(server: ModelPostgres, backend: Backend, most: int) -> list[Any]:
-    return []
+    return [Record(id=key) for key, job in server.replays.items() if job["status"] == "running"][:most]
+
+
+@_reads("replay", "begin")
+def _begin_step(server: ModelPostgres, backend: Backend, job_id: str, most: int) -> list[Any]:
+    job, name = server.replays.get(job_id), f"replay {job_id}"
+    if job is None or job["status"] != "running" or server.is_locked(name):
+        return []
+    server.lock(_block(backend), name, lambda: None)
+    webhook = server.endpoints[job["endpoint_id"]]
+    return [
+        Record(
+            **job, endpoint_status=webhook["status"], shard=webhook["shard"], events=webhook["events"],
+            created_snapshot=webhook["created_snapshot"], account=ACCOUNT[1],
+            held=min(most, len(server._held.get(webhook["id"], ()))),
+        )
+    ]  # fmt: skip
+
+
+@_reads("replay", "look")
+def _look(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
+    account, after_id, since, until, limit, endpoint, filters, types, born = bounds
+    rows = []
+    for event in sorted(server.event_by_seq.values(), key=lambda event: event.id):
+        if event.account != account or event.id <= after_id or not since <= event.written_at < until:
+            continue
+        ends = [row[6] for row in server.attempts if row[1] == event.seq and row[3] == endpoint]
+        rows.append(
+            Record(
+                id=event.id, seq=event.seq, xid=event.xid, written_at=event.written_at,
+                is_wanted=_wants(filters, event.type) and (types is None or _wants(types, event.type)),
+                best=max(({"delivered": 3, "retrying": 1}.get(end, 2) for end in ends), default=None),
+                waits=any(key[:2] == (endpoint, event.seq) for key in server.pending) or None,
+                is_refused=event.seq in server.discarded_events or None,
+                is_older=server.visible(event.xid, born),
+            )
+        )  # fmt: skip
+    return rows[:limit]
+
+
+def _wants(filters: Sequence[str], kind: str) -> bool:
+    return any(f in {"*", kind} or (f.endswith(".*") and kind.startswith(f[:-1])) for f in filters)
+
+
+@_reads("replay", "queue")
+def _queue(
+    server: ModelPostgres, backend: Backend, endpoint: int, generation: int, shard: int, *columns: Any
+) -> list[Any]:
+    transaction = _block(backend)
+    transaction.number()
+    rows = [(endpoint, seq, generation, xid, at) for seq, xid, at in zip(*columns, strict=True)]
+    rows = [row for row in rows if row[:3] not in server.pending]
+
+    def queue() -> None:
+        for row in rows:
+            server.put_pending((*row, "pending", 0, HELD, None))
+        server.saved(transaction, None)
+        server.watch.queued([row[:3] for row in rows])
+
+    transaction.acts.append(queue)
+    transaction.notes["dispatcher_pending", f"{endpoint} {server.registry_version}"] = None
+    return [(len(rows), "")]
+
+
+@_reads("replay", "advance")
+def _advance(server: ModelPostgres, backend: Backend, *columns: Any) -> list[Any]:
+    job_id, after_id, reached_at, looked, queued, status, _, _ = columns
+
+    def advance() -> None:
+        job = server.replays.get(job_id)
+        if job is not None:
+            job.update(
+                after_id=after_id, reached_at=reached_at or job["reached_at"], looked=job["looked"] + looked,
+                queued=job["queued"] + queued, status=status,
+            )  # fmt: skip
+        server.saved(transaction, None)
+
+    transaction = _block(backend)
+    transaction.number()
+    transaction.acts.append(advance)
+    return ["UPDATE 1"]
+
+
+@_reads("replay", "cancel")
+def _cancel(server: ModelPostgres, backend: Backend, job_id: str, reason: str) -> list[Any]:
+    def cancel() -> None:
+        if job_id in server.replays:
+            server.replays[job_id].update(status="cancelled", reason=reason)
+        server.saved(transaction, None)
+
+    transaction = _block(backend)
+    transaction.number()
+    transaction.acts.append(cancel)
+    return ["UPDATE 1"]
 
 
 # -- webhooks
@@ -921,6 +1070,7 @@ def _delete(server: ModelPostgres, transaction: Transaction, account: int, publi
     if found is not None:
         del server.endpoints[found["id"]]
         server.health.pop(found["id"], None)
+        server.replays = {key: job for key, job in server.replays.items() if job["endpoint_id"] != found["id"]}
     transaction.number()
     server.change_registry(transaction)
     server.saved(transaction, None)
