@@ -317,6 +317,13 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
                     self.open[key[:2]] = event
         self.note("rolled back", f"{len(self.open)} open")
 
+    def dropped(self, seqs: set[int]) -> None:
+        self.note("dropped", f"events {sorted(seqs)}")
+        needed = sorted(pair for pair in self.owed if pair[1] in seqs)
+        needed += sorted(key[:2] for key in self.server.pending if key[1] in seqs)
+        if needed:
+            self.fail(f"retention dropped events of {needed[:5]}, which are not settled")
+
     def queued(self, keys: list[Key]) -> None:
         if not self.replayed.isdisjoint(keys):
             self.fail(f"a replay has queued {sorted(self.replayed.intersection(keys))} twice")

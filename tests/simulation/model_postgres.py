@@ -7,8 +7,9 @@ at once at its commit: one of the schedules READ COMMITTED allows, and the only 
 locks end with the server process, which may outlive the client's connection; notifications leave at the commit; a
 crash aborts what is in progress, forgets ids nobody wrote down, and what was committed asynchronously.
 
-**Not modelled.** Planning, partitions, TOAST, roles. Statements are known by name (`dispatcher.store.database`), so
-their text may change; `test_model.py` asks this model and a real server the same questions and compares the answers.
+**Not modelled.** Planning, TOAST, roles; of partitions only that retention drops a day. Statements are known by name
+(`dispatcher.store.database`), so their text may change; `test_model.py` asks this model and a real server the same
+questions and compares the answers.
 
 The tables are plain dictionaries of what is committed. `watch` hears of every commit that matters.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -190,6 +192,9 @@ class Watch:
     def rolled_back(self) -> None:
         """A crash has undone what was committed asynchronously."""
 
+    def dropped(self, seqs: set[int]) -> None:
+        """Retention has dropped these events."""
+
     def queued(self, keys: list[Key]) -> None:
         """A replay's step has committed."""
 
@@ -216,7 +221,8 @@ class ModelPostgres:
         self._locks: dict[str, deque[tuple[Transaction, Callable[[], None]]]] = {}
         # tables
         self.events: list[tuple[int, int, Event]] = []  # by (xid, seq)
-        self.event_by_seq: dict[int, Event] = {}
+        self.event_by_seq: dict[int, Event] = {}  # those that retention dropped, too
+        self.dropped: set[int] = set()
         self.endpoints: dict[int, dict[str, Any]] = {}
         self.endpoint_ids = 0
         self.health: dict[int, tuple[Any, ...]] = {}
@@ -361,6 +367,14 @@ class ModelPostgres:
         xmin, xmax, running = snapshot
         return xid < xmin or (xid < xmax and xid not in running)
 
+    def drop(self, transaction: Transaction, events: Sequence[Event]) -> None:
+        """Retention: these are old enough."""
+        gone = {event.seq for event in events}
+        self.events = [entry for entry in self.events if entry[1] not in gone]
+        self.dropped |= gone
+        self.saved(transaction, None)
+        self.watch.dropped(gone)
+
     def change_registry(self, transaction: Transaction) -> None:
         """The trigger on the table of webhooks, which fires for a statement that changed nothing, too."""
         self.registry_version += 1
@@ -417,8 +431,10 @@ def statement_of(sql: str) -> Statement:
     """The model of a statement, by its text."""
     known = _by_text()
     found = known.get(sql)
-    if found is None and sql.startswith(("SET ", "RESET ")):
+    if found is None and sql.startswith(("SET ", "RESET ", "LOCK TABLE ", "DROP TABLE ")):
         return _NOTHING
+    if found is None and (leaf := re.search(r'dispatcher\."outbox_(\d{8})"', sql)):
+        return _of_leaf(sql, datetime.strptime(leaf[1], "%Y%m%d").replace(tzinfo=UTC))
     assert found is not None, f"the model does not know this statement: {sql:.300}"
     return found
 
@@ -434,6 +450,28 @@ def _by_text() -> dict[str, Statement]:
 
 
 _NOTHING: Final = Statement("set", lambda server, backend, *_: ["SET"], writes=False)
+
+
+def _of_leaf(sql: str, day: datetime) -> Statement:
+    """TRUNCATE of one day of the outbox, or the question whether all of it is read."""
+
+    def rows(server: ModelPostgres) -> list[Event]:
+        return [event for _, _, event in server.events if event.written_at.date() == day.date()]
+
+    def is_unread(server: ModelPostgres, backend: Backend) -> list[Any]:
+        unread = [
+            event for event in rows(server) for shard in server.shards.values()
+            if event.written_at >= shard["floor"] and not server.visible(event.xid, shard["prev"])
+        ]  # fmt: skip
+        return [(bool(unread),)]
+
+    def truncate(server: ModelPostgres, backend: Backend) -> list[Any]:
+        transaction = _block(backend)
+        transaction.number()
+        transaction.acts.append(lambda: server.drop(transaction, rows(server)))
+        return ["TRUNCATE TABLE"]
+
+    return Statement("leaf", truncate if sql.startswith("TRUNCATE") else is_unread, writes=False)
 
 
 # -- the schema
@@ -711,7 +749,7 @@ def _refill(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
 def _with_event(server: ModelPostgres, row: tuple[Any, ...]) -> tuple[Any, ...]:
     endpoint, seq, generation, xid, at, state, attempts, due, _ = row
     event = server.event_by_seq.get(seq)
-    if event is None or event.xid != xid or event.written_at != at:
+    if event is None or seq in server.dropped or event.xid != xid or event.written_at != at:
         found: tuple[Any, ...] = (None,) * 6
     else:
         found = (event.id, event.account, event.type, event.data, event.created_at, None)
@@ -752,7 +790,8 @@ def _heads(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
 @_writes("delivery", "redeliver", locks=("generation",))
 def _redeliver(server: ModelPostgres, transaction: Transaction, endpoint: int, seq: int, xid: int) -> list[Any]:
     webhook, event = server.endpoints.get(endpoint), server.event_by_seq.get(seq)
-    if webhook is None or webhook["status"] == "disabled" or event is None or event.xid != xid:
+    is_there = event is not None and event.xid == xid and seq not in server.dropped
+    if webhook is None or webhook["status"] == "disabled" or event is None or not is_there:
         return []
     transaction.number()
     server.generation += 1
@@ -836,7 +875,7 @@ def _begin_step(server: ModelPostgres, backend: Backend, job_id: str, most: int)
 def _look(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
     account, after_id, since, until, limit, endpoint, filters, types, born = bounds
     rows = []
-    for event in sorted(server.event_by_seq.values(), key=lambda event: event.id):
+    for event in sorted((event for _, _, event in server.events), key=lambda event: event.id):
         if event.account != account or event.id <= after_id or not since <= event.written_at < until:
             continue
         ends = [row[6] for row in server.attempts if row[1] == event.seq and row[3] == endpoint]
@@ -1077,7 +1116,7 @@ def _delete(server: ModelPostgres, transaction: Transaction, account: int, publi
     return [] if found is None else [(found["id"],)]
 
 
-# -- retention: nothing of a simulation is old enough
+# -- retention: of events; attempts are kept
 
 
 @_reads("retention", "make_partitions")
@@ -1086,18 +1125,21 @@ def _make_partitions(server: ModelPostgres, backend: Backend, *_: Any) -> list[A
 
 
 @_reads("retention", "partitions")
-def _partitions(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
-    return []
+def _partitions(server: ModelPostgres, backend: Backend, table: str) -> list[Any]:
+    days = sorted({event.written_at.date() for _, _, event in server.events}) if table == "outbox" else []
+    return [Record(name=f"outbox_{day:%Y%m%d}", day=day) for day in days]
 
 
 @_reads("retention", "needed_from")
 def _needed_from(server: ModelPostgres, backend: Backend) -> list[Any]:
-    return [Record(cursor=min(shard["prev_at"] for shard in server.shards.values()), pending=None)]
+    oldest = min(server.pending, key=lambda key: key[1], default=None)
+    cursor = min(shard["prev_at"] for shard in server.shards.values())
+    return [Record(cursor=cursor, pending=None if oldest is None else server.pending[oldest][4])]
 
 
 @_reads("retention", "now")
 def _now(server: ModelPostgres, backend: Backend) -> list[Any]:
-    return [(min(shard["prev_at"] for shard in server.shards.values()),)]
+    return [(server.clock(),)]
 
 
 @_reads("retention", "take_turn", "end_turn")

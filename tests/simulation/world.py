@@ -426,6 +426,7 @@ class World:
             drain_s=2.0,
             synchronous_commit=plan.is_durable,
             disable_after_s=plan.disable_after_s,
+            events_kept_s=3600.0,
         )
         given: dict[str, Any] = {
             "transport": transport, "guard": GUARD, "vault": VAULT, "ids": IDS, "wall": self.wall,
@@ -507,6 +508,7 @@ class World:
             self._restart_server, self._burn, self._burn, self._step_clock, self._pause, self._pause, self._rotate,
             self._delete, self._create_soon, self._redeliver, self._stop, self._local_trouble, self._freeze,
             self._replay, self._replay, self._abandon,
+            self._suspend,
         ]  # fmt: skip
         if self.plan.kind == "duel":
             every += [self._freeze, self._freeze, self._evict, self._evict, self._evict]
@@ -655,6 +657,16 @@ class World:
             self.wall_offset_s += by_s
         else:
             self.db_offset_s += by_s
+
+    def _suspend(self) -> None:
+        """All hosts sleep for days: no monotonic clock runs, no connection survives, and much is old afterwards."""
+        self.note("suspend")
+        self.judge.latest_wall = max(self.judge.latest_wall, self.wall())
+        days_s = self.dice.choice((1.0, 3.0)) * 86400.0
+        self.wall_offset_s += days_s
+        self.db_offset_s += days_s
+        for connection in self.driver.connections:
+            connection.break_off()
 
     def _local_trouble(self) -> None:
         self.note("trouble", "no local ports")
