@@ -20,6 +20,9 @@ Snapshot = tuple[int, int, tuple[int, ...]]
 CLOCK_SLACK: Final = timedelta(days=1)
 """How far the server's clock may step back without a row falling out of the partitions a poll looks into."""
 
+LEAP: Final = CLOCK_SLACK / 2
+"""Between two polls: the clock has leapt, or the host has slept. A transaction open all the while wrote before that."""
+
 BEGINNING: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
 
@@ -64,6 +67,8 @@ class OutboxPages:
         # Rows from before the floor that were read: they are shown again for as long as a transaction in progress has
         # the id that they brought along.
         self._foreign: set[int] = set()
+        # Transactions older than this one may have written before the clock leapt. None: not known yet; 0: they ended.
+        self._barrier: int | None = None
 
     async def prepare(self) -> None:
         """Prepare the statements once; a poll is then one round trip."""
@@ -76,8 +81,13 @@ class OutboxPages:
         """The next page behind `cursor`, at most `limit` rows."""
         xmax = cursor.prev[1]
         running = [xid for xid in cursor.prev[2] if xid >= cursor.at_xid]
-        since_running = min((self._seen_since.get(xid, BEGINNING) for xid in running), default=BEGINNING)
-        since = max(cursor.prev_at - CLOCK_SLACK, self._floor)
+        if self._barrier and cursor.cur is None and cursor.prev[0] > self._barrier:
+            self._barrier = 0
+        if self._barrier == 0:
+            since_running = min((self._seen_since.get(xid, BEGINNING) for xid in running), default=BEGINNING)
+            since = max(cursor.prev_at - CLOCK_SLACK, self._floor)
+        else:
+            since_running, since = BEGINNING, self._floor
         bounds = (running, xmax, cursor.at_xid, cursor.at_seq, since_running, since, limit)
         if cursor.cur is None:
             if running:
@@ -86,6 +96,8 @@ class OutboxPages:
                 header, *rows = await self._first_quiet.fetch(xmax, cursor.at_xid, cursor.at_seq, since, limit)
             cur, cur_at, registry = header[0], header[1], header[2]
             self._remember(cur, cursor)
+            if self._barrier is None or cur_at - cursor.prev_at > LEAP:
+                self._barrier = await self._connection.fetchval(statements("shard")["own_xid"])
         else:
             rows = await self._next.fetch(*bounds, cursor.cur)
             cur, cur_at, registry = cursor.cur, cursor.cur_at or cursor.prev_at, None

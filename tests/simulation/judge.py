@@ -79,6 +79,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         self.began_at: dict[int, float] = {}  # when its transaction began to write
         self.odd: set[int] = set()  # events that cannot be sent
         self.finals: dict[Key, str] = {}
+        self.replayed: set[Key] = set()  # queued by replays
         self.logged: dict[Key, int] = {}  # highest attempt on record
         self.allowance = 0  # repeats that are within the bound
         self.repeats = 0
@@ -316,6 +317,19 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
                     self.open[key[:2]] = event
         self.note("rolled back", f"{len(self.open)} open")
 
+    def dropped(self, seqs: set[int]) -> None:
+        self.note("dropped", f"events {sorted(seqs)}")
+        needed = sorted(pair for pair in self.owed if pair[1] in seqs)
+        needed += sorted(key[:2] for key in self.server.pending if key[1] in seqs)
+        if needed:
+            self.fail(f"retention dropped events of {needed[:5]}, which are not settled")
+
+    def queued(self, keys: list[Key]) -> None:
+        if not self.replayed.isdisjoint(keys):
+            self.fail(f"a replay has queued {sorted(self.replayed.intersection(keys))} twice")
+        self.replayed.update(keys)
+        self.note("replay", f"queued {keys}")
+
     def told_registry(self, backend: Backend | None, shard: int, version: int) -> None:
         owner = _owner(backend)
         for endpoint, webhook in self.webhooks.items():
@@ -426,9 +440,12 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
 
     @property
     def is_settled(self) -> bool:
-        return not self.owed and not self.server.pending
+        jobs = self.server.replays.values()
+        return not (self.owed or self.server.pending or any(job["status"] == "running" for job in jobs))
 
     def conclude(self) -> None:
+        if self.replayed - self.finals.keys():
+            self.fail(f"replays queued {sorted(self.replayed - self.finals.keys())}, which never ended")
         if self.repeats > self.allowance:
             self.fail(f"{self.repeats} requests were repeats, the bound is {self.allowance}")
         if not self.is_unsound:

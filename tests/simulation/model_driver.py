@@ -220,6 +220,9 @@ class ModelConnection:
         await self._run("SET prepare", ())
         return ModelStatement(self, sql)
 
+    def transaction(self) -> ModelBlock:
+        return ModelBlock(self)
+
     # ── notifications and the end ──────────────────────────────────────────────────────────────────────────────────
 
     async def add_listener(self, channel: str, callback: Callable[..., None]) -> None:
@@ -291,6 +294,19 @@ class ModelConnection:
         """The client finds out that the connection is gone."""
         if not self._closed:
             self._clean_up()
+
+
+class ModelBlock:
+    """BEGIN, and COMMIT or ROLLBACK."""
+
+    def __init__(self, connection: ModelConnection) -> None:
+        self._connection = connection
+
+    async def __aenter__(self) -> None:
+        await self._connection.execute("BEGIN")
+
+    async def __aexit__(self, kind: Any, *_: Any) -> None:
+        await self._connection.execute("COMMIT" if kind is None else "ROLLBACK")
 
 
 class ModelStatement:

@@ -7,8 +7,9 @@ at once at its commit: one of the schedules READ COMMITTED allows, and the only 
 locks end with the server process, which may outlive the client's connection; notifications leave at the commit; a
 crash aborts what is in progress, forgets ids nobody wrote down, and what was committed asynchronously.
 
-**Not modelled.** Planning, partitions, TOAST, roles. Statements are known by name (`dispatcher.store.database`), so
-their text may change; `test_model.py` asks this model and a real server the same questions and compares the answers.
+**Not modelled.** Planning, TOAST, roles; of partitions only that retention drops a day. Statements are known by name
+(`dispatcher.store.database`), so their text may change; `test_model.py` asks this model and a real server the same
+questions and compares the answers.
 
 The tables are plain dictionaries of what is committed. `watch` hears of every commit that matters.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -190,6 +192,12 @@ class Watch:
     def rolled_back(self) -> None:
         """A crash has undone what was committed asynchronously."""
 
+    def dropped(self, seqs: set[int]) -> None:
+        """Retention has dropped these events."""
+
+    def queued(self, keys: list[Key]) -> None:
+        """A replay's step has committed."""
+
     def told_registry(self, backend: Backend | None, shard: int, version: int) -> None:
         """Somebody has read a shard's part of the registry."""
 
@@ -213,7 +221,8 @@ class ModelPostgres:
         self._locks: dict[str, deque[tuple[Transaction, Callable[[], None]]]] = {}
         # tables
         self.events: list[tuple[int, int, Event]] = []  # by (xid, seq)
-        self.event_by_seq: dict[int, Event] = {}
+        self.event_by_seq: dict[int, Event] = {}  # those that retention dropped, too
+        self.dropped: set[int] = set()
         self.endpoints: dict[int, dict[str, Any]] = {}
         self.endpoint_ids = 0
         self.health: dict[int, tuple[Any, ...]] = {}
@@ -232,6 +241,7 @@ class ModelPostgres:
         ] = {}  # (endpoint, seq, generation, xid, at, state, attempts, due, error)
         self._held: dict[int, list[tuple[int, int]]] = {}  # endpoint -> (seq, generation), sorted
         self.discarded_events: dict[int, str] = {}
+        self.replays: dict[str, dict[str, Any]] = {}
         self._unsaved: list[Callable[[], None]] = []  # undoes what was committed asynchronously, the last one last
 
     # ── transactions ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -283,6 +293,10 @@ class ModelPostgres:
         transaction.locks.append(name)
         if len(queue) == 1:
             then()
+
+    def is_locked(self, name: str) -> bool:
+        """Whether SKIP LOCKED would skip it."""
+        return bool(self._locks.get(name))
 
     def _release(self, name: str, transaction: Transaction) -> None:
         queue = self._locks[name]
@@ -353,6 +367,14 @@ class ModelPostgres:
         xmin, xmax, running = snapshot
         return xid < xmin or (xid < xmax and xid not in running)
 
+    def drop(self, transaction: Transaction, events: Sequence[Event]) -> None:
+        """Retention: these are old enough."""
+        gone = {event.seq for event in events}
+        self.events = [entry for entry in self.events if entry[1] not in gone]
+        self.dropped |= gone
+        self.saved(transaction, None)
+        self.watch.dropped(gone)
+
     def change_registry(self, transaction: Transaction) -> None:
         """The trigger on the table of webhooks, which fires for a statement that changed nothing, too."""
         self.registry_version += 1
@@ -409,8 +431,10 @@ def statement_of(sql: str) -> Statement:
     """The model of a statement, by its text."""
     known = _by_text()
     found = known.get(sql)
-    if found is None and sql.startswith(("SET ", "RESET ")):
+    if found is None and sql.startswith(("SET ", "RESET ", "LOCK TABLE ", "DROP TABLE ")):
         return _NOTHING
+    if found is None and (leaf := re.search(r'dispatcher\."outbox_(\d{8})"', sql)):
+        return _of_leaf(sql, datetime.strptime(leaf[1], "%Y%m%d").replace(tzinfo=UTC))
     assert found is not None, f"the model does not know this statement: {sql:.300}"
     return found
 
@@ -426,6 +450,28 @@ def _by_text() -> dict[str, Statement]:
 
 
 _NOTHING: Final = Statement("set", lambda server, backend, *_: ["SET"], writes=False)
+
+
+def _of_leaf(sql: str, day: datetime) -> Statement:
+    """TRUNCATE of one day of the outbox, or the question whether all of it is read."""
+
+    def rows(server: ModelPostgres) -> list[Event]:
+        return [event for _, _, event in server.events if event.written_at.date() == day.date()]
+
+    def is_unread(server: ModelPostgres, backend: Backend) -> list[Any]:
+        unread = [
+            event for event in rows(server) for shard in server.shards.values()
+            if event.written_at >= shard["floor"] and not server.visible(event.xid, shard["prev"])
+        ]  # fmt: skip
+        return [(bool(unread),)]
+
+    def truncate(server: ModelPostgres, backend: Backend) -> list[Any]:
+        transaction = _block(backend)
+        transaction.number()
+        transaction.acts.append(lambda: server.drop(transaction, rows(server)))
+        return ["TRUNCATE TABLE"]
+
+    return Statement("leaf", truncate if sql.startswith("TRUNCATE") else is_unread, writes=False)
 
 
 # -- the schema
@@ -709,7 +755,7 @@ def _refill(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
 def _with_event(server: ModelPostgres, row: tuple[Any, ...]) -> tuple[Any, ...]:
     endpoint, seq, generation, xid, at, state, attempts, due, _ = row
     event = server.event_by_seq.get(seq)
-    if event is None or event.xid != xid or event.written_at != at:
+    if event is None or seq in server.dropped or event.xid != xid or event.written_at != at:
         found: tuple[Any, ...] = (None,) * 6
     else:
         found = (event.id, event.account, event.type, event.data, event.created_at, None)
@@ -750,7 +796,8 @@ def _heads(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
 @_writes("delivery", "redeliver", locks=("generation",))
 def _redeliver(server: ModelPostgres, transaction: Transaction, endpoint: int, seq: int, xid: int) -> list[Any]:
     webhook, event = server.endpoints.get(endpoint), server.event_by_seq.get(seq)
-    if webhook is None or webhook["status"] == "disabled" or event is None or event.xid != xid:
+    is_there = event is not None and event.xid == xid and seq not in server.dropped
+    if webhook is None or webhook["status"] == "disabled" or event is None or not is_there:
         return []
     transaction.number()
     server.generation += 1
@@ -761,9 +808,150 @@ def _redeliver(server: ModelPostgres, transaction: Transaction, endpoint: int, s
     return [Record(generation=server.generation, pg_notify="")]
 
 
+# -- transactions of more than one statement, which are those of replays
+
+
+@_reads("", "BEGIN")
+def _begin(server: ModelPostgres, backend: Backend) -> list[Any]:
+    backend.transaction = server.begin(backend)
+    return ["BEGIN"]
+
+
+@_reads("", "COMMIT")
+def _commit(server: ModelPostgres, backend: Backend) -> list[Any]:
+    transaction, backend.transaction = _block(backend), None
+    transaction.commit()
+    return ["COMMIT"]
+
+
+@_reads("", "ROLLBACK")
+def _rollback(server: ModelPostgres, backend: Backend) -> list[Any]:
+    transaction, backend.transaction = _block(backend), None
+    transaction.abort()
+    return ["ROLLBACK"]
+
+
+def _block(backend: Backend) -> Transaction:
+    assert backend.transaction is not None
+    return backend.transaction
+
+
+@_writes("replay", "create", locks=("replay",))
+def _begin_replay(server: ModelPostgres, transaction: Transaction, *columns: Any) -> list[Any]:
+    job_id, endpoint, selection, types, since, until, most = columns
+    webhook = server.endpoints.get(endpoint)
+    running = [job for job in server.replays.values() if job["endpoint_id"] == endpoint and job["status"] == "running"]
+    if webhook is None or webhook["status"] == "disabled" or len(running) >= most:
+        return []
+    transaction.number()
+    server.generation += 1
+    job = server.replays[job_id] = {
+        "id": job_id, "endpoint_id": endpoint, "generation": server.generation, "selection": selection, "types": types,
+        "since": since, "until": until, "status": "running", "reason": None, "reached_at": None, "first_seq": None,
+        "reached_seq": None, "newest_seq": None, "looked": 0, "queued": 0, "created_at": server.clock(),
+        "finished_at": None, "after_id": "",
+    }  # fmt: skip
+    transaction.notes["dispatcher_pending", "replay"] = None
+    server.saved(transaction, None)
+    return [Record(**job)]
+
+
 @_reads("replay", "running")
 def _replays(server: ModelPostgres, backend: Backend, most: int) -> list[Any]:
-    return []
+    return [Record(id=key) for key, job in server.replays.items() if job["status"] == "running"][:most]
+
+
+@_reads("replay", "begin")
+def _begin_step(server: ModelPostgres, backend: Backend, job_id: str, most: int) -> list[Any]:
+    job, name = server.replays.get(job_id), f"replay {job_id}"
+    if job is None or job["status"] != "running" or server.is_locked(name):
+        return []
+    server.lock(_block(backend), name, lambda: None)
+    webhook = server.endpoints[job["endpoint_id"]]
+    return [
+        Record(
+            **job, endpoint_status=webhook["status"], shard=webhook["shard"], events=webhook["events"],
+            created_snapshot=webhook["created_snapshot"], account=ACCOUNT[1],
+            held=min(most, len(server._held.get(webhook["id"], ()))),
+        )
+    ]  # fmt: skip
+
+
+@_reads("replay", "look")
+def _look(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
+    account, after_id, since, until, limit, endpoint, filters, types, born = bounds
+    rows = []
+    for event in sorted((event for _, _, event in server.events), key=lambda event: event.id):
+        if event.account != account or event.id <= after_id or not since <= event.written_at < until:
+            continue
+        ends = [row[6] for row in server.attempts if row[1] == event.seq and row[3] == endpoint]
+        rows.append(
+            Record(
+                id=event.id, seq=event.seq, xid=event.xid, written_at=event.written_at,
+                is_wanted=_wants(filters, event.type) and (types is None or _wants(types, event.type)),
+                best=max(({"delivered": 3, "retrying": 1}.get(end, 2) for end in ends), default=None),
+                waits=any(key[:2] == (endpoint, event.seq) for key in server.pending) or None,
+                is_refused=event.seq in server.discarded_events or None,
+                is_older=server.visible(event.xid, born),
+            )
+        )  # fmt: skip
+    return rows[:limit]
+
+
+def _wants(filters: Sequence[str], kind: str) -> bool:
+    return any(f in {"*", kind} or (f.endswith(".*") and kind.startswith(f[:-1])) for f in filters)
+
+
+@_reads("replay", "queue")
+def _queue(
+    server: ModelPostgres, backend: Backend, endpoint: int, generation: int, shard: int, *columns: Any
+) -> list[Any]:
+    transaction = _block(backend)
+    transaction.number()
+    rows = [(endpoint, seq, generation, xid, at) for seq, xid, at in zip(*columns, strict=True)]
+    rows = [row for row in rows if row[:3] not in server.pending]
+
+    def queue() -> None:
+        for row in rows:
+            server.put_pending((*row, "pending", 0, HELD, None))
+        server.saved(transaction, None)
+        server.watch.queued([row[:3] for row in rows])
+
+    transaction.acts.append(queue)
+    transaction.notes["dispatcher_pending", f"{endpoint} {server.registry_version}"] = None
+    return [(len(rows), "")]
+
+
+@_reads("replay", "advance")
+def _advance(server: ModelPostgres, backend: Backend, *columns: Any) -> list[Any]:
+    job_id, after_id, reached_at, looked, queued, status, _, _ = columns
+
+    def advance() -> None:
+        job = server.replays.get(job_id)
+        if job is not None:
+            job.update(
+                after_id=after_id, reached_at=reached_at or job["reached_at"], looked=job["looked"] + looked,
+                queued=job["queued"] + queued, status=status,
+            )  # fmt: skip
+        server.saved(transaction, None)
+
+    transaction = _block(backend)
+    transaction.number()
+    transaction.acts.append(advance)
+    return ["UPDATE 1"]
+
+
+@_reads("replay", "cancel")
+def _cancel(server: ModelPostgres, backend: Backend, job_id: str, reason: str) -> list[Any]:
+    def cancel() -> None:
+        if job_id in server.replays:
+            server.replays[job_id].update(status="cancelled", reason=reason)
+        server.saved(transaction, None)
+
+    transaction = _block(backend)
+    transaction.number()
+    transaction.acts.append(cancel)
+    return ["UPDATE 1"]
 
 
 # -- webhooks
@@ -927,13 +1115,14 @@ def _delete(server: ModelPostgres, transaction: Transaction, account: int, publi
     if found is not None:
         del server.endpoints[found["id"]]
         server.health.pop(found["id"], None)
+        server.replays = {key: job for key, job in server.replays.items() if job["endpoint_id"] != found["id"]}
     transaction.number()
     server.change_registry(transaction)
     server.saved(transaction, None)
     return [] if found is None else [(found["id"],)]
 
 
-# -- retention: nothing of a simulation is old enough
+# -- retention: of events; attempts are kept
 
 
 @_reads("retention", "make_partitions")
@@ -942,18 +1131,21 @@ def _make_partitions(server: ModelPostgres, backend: Backend, *_: Any) -> list[A
 
 
 @_reads("retention", "partitions")
-def _partitions(server: ModelPostgres, backend: Backend, *_: Any) -> list[Any]:
-    return []
+def _partitions(server: ModelPostgres, backend: Backend, table: str) -> list[Any]:
+    days = sorted({event.written_at.date() for _, _, event in server.events}) if table == "outbox" else []
+    return [Record(name=f"outbox_{day:%Y%m%d}", day=day) for day in days]
 
 
 @_reads("retention", "needed_from")
 def _needed_from(server: ModelPostgres, backend: Backend) -> list[Any]:
-    return [Record(cursor=min(shard["prev_at"] for shard in server.shards.values()), pending=None)]
+    oldest = min(server.pending, key=lambda key: key[1], default=None)
+    cursor = min(shard["prev_at"] for shard in server.shards.values())
+    return [Record(cursor=cursor, pending=None if oldest is None else server.pending[oldest][4])]
 
 
 @_reads("retention", "now")
 def _now(server: ModelPostgres, backend: Backend) -> list[Any]:
-    return [(min(shard["prev_at"] for shard in server.shards.values()),)]
+    return [(server.clock(),)]
 
 
 @_reads("retention", "take_turn", "end_turn")

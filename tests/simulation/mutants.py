@@ -22,6 +22,8 @@ from dispatcher.engine.engine import Engine
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.outbox import OutboxReader
 from dispatcher.engine.retries import Retries
+from dispatcher.store.outbox import OutboxPages
+from dispatcher.store.retention import Retention
 from dispatcher.store.shard import ShardStore
 
 
@@ -85,6 +87,11 @@ def _read_again(plan: Plan) -> None:
     _in_order(plan)
     plan.length_s, plan.transactions, plan.burst, plan.page_rows, plan.max_queued = 10.0, 5, 120, 10, 16
     plan.faults, plan.acts = 16, ("_burn", "_restart_server", "_cut", "_cut")
+
+
+def _asleep(plan: Plan) -> None:
+    _stormy(plan)
+    plan.daemons, plan.acts = 1, ("_suspend", "_cut", "_change_mood", "_pause", "_burn")
 
 
 def _slow_refill(plan: Plan) -> None:
@@ -205,6 +212,20 @@ MUTANTS = [
         "subscriber.head_key = heads.get(endpoint_id)",
         "subscriber.head_key = None",
         _killed,
+    ),
+    Mutant(
+        "retention does not ask what is pending",
+        Retention, "_limits",
+        'min(needed)',
+        'row["cursor"]',
+        _asleep,
+    ),
+    Mutant(
+        "a transaction that was open while the clock leapt is looked for on the days after",
+        OutboxPages, "read",
+        "if self._barrier == 0:",
+        "if True:",
+        _asleep,
     ),
     Mutant(
         "a pause is not heeded",

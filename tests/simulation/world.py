@@ -45,6 +45,7 @@ from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.model import BodyStyle
 from dispatcher.store.database import statements
 from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, EndpointStore
+from dispatcher.store.replays import Choice, ReplayStore, Selection
 from dispatcher.store.vault import Vault
 
 EPOCH: Final = datetime(2030, 1, 1, tzinfo=UTC).timestamp()
@@ -425,6 +426,7 @@ class World:
             drain_s=2.0,
             synchronous_commit=plan.is_durable,
             disable_after_s=plan.disable_after_s,
+            events_kept_s=3600.0,
         )
         given: dict[str, Any] = {
             "transport": transport, "guard": GUARD, "vault": VAULT, "ids": IDS, "wall": self.wall,
@@ -498,13 +500,15 @@ class World:
             act()
 
     def _calm_faults(self) -> list[Callable[[], None]]:
-        return [self._pause, self._rotate, self._redeliver]
+        return [self._pause, self._rotate, self._redeliver, self._replay]
 
     def _faults(self) -> list[Callable[[], None]]:
         every = [
             *[self._change_mood] * 4, self._cut, self._cut, self._lie_in_wait, self._lie_in_wait, self._stall,
             self._restart_server, self._burn, self._burn, self._step_clock, self._pause, self._pause, self._rotate,
             self._delete, self._create_soon, self._redeliver, self._stop, self._local_trouble, self._freeze,
+            self._replay, self._replay, self._abandon,
+            self._suspend,
         ]  # fmt: skip
         if self.plan.kind == "duel":
             every += [self._freeze, self._freeze, self._evict, self._evict, self._evict]
@@ -654,6 +658,16 @@ class World:
         else:
             self.db_offset_s += by_s
 
+    def _suspend(self) -> None:
+        """All hosts sleep for days: no monotonic clock runs, no connection survives, and much is old afterwards."""
+        self.note("suspend")
+        self.judge.latest_wall = max(self.judge.latest_wall, self.wall())
+        days_s = self.dice.choice((1.0, 3.0)) * 86400.0
+        self.wall_offset_s += days_s
+        self.db_offset_s += days_s
+        for connection in self.driver.connections:
+            connection.break_off()
+
     def _local_trouble(self) -> None:
         self.note("trouble", "no local ports")
         self.internet.local_trouble = True
@@ -737,6 +751,30 @@ class World:
             await db.fetchrow(statements("delivery")["redeliver"], endpoint, seq, xid)
             await db.close()
             self.note("api", f"redeliver {endpoint}:{seq}")
+
+    def _replay(self) -> None:
+        dice = self.dice
+        since = self.db_clock() - timedelta(seconds=dice.choice((3.0, 3600.0)))
+        choice = Choice(selection=dice.choice(tuple(Selection)), since=since, until=self.db_clock())
+        self._act(self._replay_for(dice.choice(self.settings), choice))
+
+    async def _replay_for(self, settings: Settings, choice: Choice) -> None:
+        with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            db = await self.office.connect()
+            made = await ReplayStore(db).create(settings.id, choice)
+            await db.close()
+            self.note("api", f"replay {choice.selection} {settings.id}: {bool(made)}")
+
+    def _abandon(self) -> None:
+        """A webhook is deleted with deliveries held for it."""
+        settings = self.dice.choice(self.settings)
+        settings.is_prompt = False
+        self._act(self._delete_paused(settings, self.dice.choice((0.5, 3.0))))
+
+    async def _delete_paused(self, settings: Settings, after_s: float) -> None:
+        if await self._call("pause", settings):
+            await asyncio.sleep(after_s)
+            await self._call("delete", settings)
 
     async def _create(self) -> None:
         dice = self.dice
