@@ -21,7 +21,7 @@ import pytest
 from aiohttp import web
 
 from dispatcher.embedded import EmbeddedPostgres
-from dispatcher.store.schema import migrate
+from dispatcher.store.schema import migrate, written_for
 
 PATIENCE_S = 60.0  # for what must happen; nothing here asserts how fast
 DISPATCHER = [sys.executable, "-c", "from dispatcher.cli.operator import main; main()"]
@@ -256,6 +256,8 @@ async def test_a_standby_takes_over_when_the_first_daemon_is_killed(
     await second.is_ready(role="standby")
     await subscribe(database, second, f"{receiver.url}/hook")  # the API works on either
     async with connected(database) as application:
+        for row in await application.fetch("SELECT role, snapshot ->> 'schema' AS schema FROM dispatcher.instance"):
+            assert row["schema"] == str(written_for()), f"{row['role']}: would hold up what takes away from older ones"
         sent = await emit(application, 50)
         first.signal(signal.SIGKILL)
         sent += await emit(application, 50)

@@ -132,6 +132,32 @@ async def test_rows_in_the_default_partition_are_kept_as_long_as_they_are_needed
     assert await db.fetchval("SELECT count(*) FROM dispatcher.outbox_default") == 0
 
 
+class Overheard:
+    """A connection that remembers under which lock timeout each statement began."""
+
+    def __init__(self, db: Any) -> None:
+        self._db = db
+        self.timeouts: dict[str, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+    async def execute(self, statement: str, *arguments: Any) -> str:
+        self.timeouts[statement.split(" dispatcher")[0]] = await self._db.fetchval("SHOW lock_timeout")
+        return str(await self._db.execute(statement, *arguments))
+
+
+async def test_what_producers_queue_behind_waits_for_the_shortest_time(db: Any) -> None:
+    old = TODAY - timedelta(days=40)
+    await make(db, "outbox", old)
+    await read(db)
+    overheard = Overheard(db)
+    done = await Retention(overheard, 30 * DAY_S, 30 * DAY_S).run()
+    assert done.dropped == [leaf("outbox", old)]
+    assert overheard.timeouts["DROP TABLE"] == module.DROP_TIMEOUT
+    assert overheard.timeouts["TRUNCATE"] == module.LOCK_TIMEOUT, "behind this one only readers of that day"
+
+
 async def test_drop_lets_go_when_a_transaction_is_in_its_way_and_comes_back(db: Any, database: str) -> None:
     name = await make(db, "outbox", TODAY - timedelta(days=40))
     reader = await connect(database, name="reader")
