@@ -132,6 +132,17 @@ async def test_rows_in_the_default_partition_are_kept_as_long_as_they_are_needed
     assert await db.fetchval("SELECT count(*) FROM dispatcher.outbox_default") == 0
 
 
+async def test_day_that_the_reader_may_still_look_into_is_kept(db: Any) -> None:
+    """It looks a day behind its cursor: the clock may have stepped back since."""
+    day = TODAY - timedelta(days=40)
+    name = await make(db, "outbox", day)
+    retention = Retention(db, 30 * DAY_S, 30 * DAY_S)
+    await read(db, noon(day + timedelta(days=1)))
+    assert (await retention.run()).kept == [name]
+    await read(db, noon(day + timedelta(days=2)))
+    assert (await retention.run()).dropped == [name]
+
+
 class Overheard:
     """A connection that remembers under which lock timeout each statement began."""
 
@@ -143,7 +154,7 @@ class Overheard:
         return getattr(self._db, name)
 
     async def execute(self, statement: str, *arguments: Any) -> str:
-        self.timeouts[statement.split(" dispatcher")[0]] = await self._db.fetchval("SHOW lock_timeout")
+        self.timeouts[statement.partition(" dispatcher")[0]] = await self._db.fetchval("SHOW lock_timeout")
         return str(await self._db.execute(statement, *arguments))
 
 
