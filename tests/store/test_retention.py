@@ -146,7 +146,9 @@ async def test_day_that_the_reader_may_still_look_into_is_kept(db: Any) -> None:
 async def test_rows_go_when_they_are_old_and_not_as_soon_as_nobody_needs_them(db: Any) -> None:
     await read(db)
     for days in (5, 29, 31):
-        await db.execute("INSERT INTO dispatcher.discarded_event VALUES ($1, now() - $1 * interval '1 day', '')", days)
+        await db.execute(
+            "INSERT INTO dispatcher.discarded_event VALUES ($1::int, now() - $1::int * interval '1 day', '')", days
+        )
     done = await Retention(db, 30 * DAY_S, 30 * DAY_S).run()
     assert done.deleted == {"discarded_event": 1}
     assert await rows(db, "discarded_event") == 2
