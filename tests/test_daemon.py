@@ -16,7 +16,7 @@ from aiohttp import web
 from daemons import PATIENCE_S, Program, connected, emit, free_address, subscribe, until
 
 from dispatcher.embedded import EmbeddedPostgres
-from dispatcher.store.schema import migrate
+from dispatcher.store.schema import migrate, written_for
 
 
 class Receiver:
@@ -142,6 +142,8 @@ async def test_a_standby_takes_over_when_the_first_daemon_is_killed(
     await second.is_ready(role="standby")
     await subscribe(database, second, {f"{receiver.url}/hook": {}})  # the API works on either
     async with connected(database) as application:
+        for row in await application.fetch("SELECT role, snapshot ->> 'schema' AS schema FROM dispatcher.instance"):
+            assert row["schema"] == str(written_for()), f"{row['role']}: would hold up what takes away from older ones"
         sent = await emit(application, 50)
         first.signal(signal.SIGKILL)
         sent += await emit(application, 50)

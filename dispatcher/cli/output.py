@@ -36,6 +36,8 @@ UNREACHABLE: Final = 3
 UNAUTHORISED: Final = 4
 INTERRUPTED: Final = 130
 
+_LOST_STATEMENTS: Final = {"42P05", "26000"}  # what we prepared is another session's, or is not there any more
+
 ARGUMENT_BYTES_MAX: Final = 16 << 20  # a file named on the command line; far more than any event may hold
 
 LINE_BREAK: Final = "\n"
@@ -115,6 +117,12 @@ def _report(error: Exception) -> int:
         case DispatcherError() | OSError():
             complain(str(error))
             return FAILED
+    if getattr(error, "sqlstate", None) in _LOST_STATEMENTS:
+        complain(
+            "what a session prepared in PostgreSQL belongs to another one: a pooler in transaction mode is in between; "
+            "`dispatcher doctor` says more"
+        )
+        return MISUSED
     if "--debug" in sys.argv:
         import traceback
 

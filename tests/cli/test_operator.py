@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import click
 import pytest
 from click.testing import CliRunner
 from shell import Ended, Shell
 
 from dispatcher.cli.operator import main
+from dispatcher.cli.output import Program
 
 HEAVY = ("asyncpg", "aiohttp", "asyncio", "rich", "uvloop", "msgspec", "structlog", "orjson", "cryptography")
 
@@ -242,6 +244,23 @@ def test_what_could_not_be_delivered_is_refused_before_anything_is_written(type_
 def test_port_that_is_taken_is_named(operator: Shell, taken_port: int) -> None:
     env = {"DISPATCHER_SERVER_LISTEN": f"127.0.0.1:{taken_port}", "DISPATCHER_METRICS_LISTEN": ""}
     assert_said(operator.run("dispatcher", "run", env=env), 2, "[server] listen", str(taken_port), "in use")
+
+
+@pytest.mark.parametrize("error", [asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError])
+def test_statements_that_a_pooler_mixes_up_are_no_fault_of_the_program(
+    error: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.group(cls=Program)
+    def program() -> None: ...
+
+    @program.command()
+    def act() -> None:
+        raise error("prepared statement")
+
+    with pytest.raises(SystemExit) as end:
+        program.main(["act"])
+    assert end.value.code == 2
+    assert "a pooler in transaction mode is in between" in capsys.readouterr().err
 
 
 def test_state_directory_that_cannot_be_written_is_named(operator: Shell) -> None:

@@ -132,6 +132,54 @@ async def test_rows_in_the_default_partition_are_kept_as_long_as_they_are_needed
     assert await db.fetchval("SELECT count(*) FROM dispatcher.outbox_default") == 0
 
 
+async def test_day_that_the_reader_may_still_look_into_is_kept(db: Any) -> None:
+    """It looks a day behind its cursor: the clock may have stepped back since."""
+    day = TODAY - timedelta(days=40)
+    name = await make(db, "outbox", day)
+    retention = Retention(db, 30 * DAY_S, 30 * DAY_S)
+    await read(db, noon(day + timedelta(days=1)))
+    assert (await retention.run()).kept == [name]
+    await read(db, noon(day + timedelta(days=2)))
+    assert (await retention.run()).dropped == [name]
+
+
+async def test_rows_go_when_they_are_old_and_not_as_soon_as_nobody_needs_them(db: Any) -> None:
+    await read(db)
+    for days in (5, 29, 31):
+        await db.execute(
+            "INSERT INTO dispatcher.discarded_event VALUES ($1::int, now() - $1::int * interval '1 day', '')", days
+        )
+    done = await Retention(db, 30 * DAY_S, 30 * DAY_S).run()
+    assert done.deleted == {"discarded_event": 1}
+    assert await rows(db, "discarded_event") == 2
+
+
+class Overheard:
+    """A connection that remembers under which lock timeout each statement began."""
+
+    def __init__(self, db: Any) -> None:
+        self._db = db
+        self.timeouts: dict[str, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+    async def execute(self, statement: str, *arguments: Any) -> str:
+        self.timeouts[statement.partition(" dispatcher")[0]] = await self._db.fetchval("SHOW lock_timeout")
+        return str(await self._db.execute(statement, *arguments))
+
+
+async def test_what_producers_queue_behind_waits_for_the_shortest_time(db: Any) -> None:
+    old = TODAY - timedelta(days=40)
+    await make(db, "outbox", old)
+    await read(db)
+    overheard = Overheard(db)
+    done = await Retention(overheard, 30 * DAY_S, 30 * DAY_S).run()
+    assert done.dropped == [leaf("outbox", old)]
+    assert overheard.timeouts["DROP TABLE"] == module.DROP_TIMEOUT
+    assert overheard.timeouts["TRUNCATE"] == module.LOCK_TIMEOUT, "behind this one only readers of that day"
+
+
 async def test_drop_lets_go_when_a_transaction_is_in_its_way_and_comes_back(db: Any, database: str) -> None:
     name = await make(db, "outbox", TODAY - timedelta(days=40))
     reader = await connect(database, name="reader")
