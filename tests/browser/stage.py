@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -72,14 +73,53 @@ class Subscriber:
         return web.Response(status=status, body=body, content_type="application/json", headers={"X-Served-By": "web-1"})
 
 
+class Daemon:
+    """The program as a process of its own."""
+
+    def __init__(self, environ: Mapping[str, str], directory: Path) -> None:
+        self.url = f"http://{environ['DISPATCHER_SERVER_LISTEN']}"
+        self._environ = environ
+        self._log = directory / "daemon.log"
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Run it until it answers."""
+        with self._log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *DISPATCHER, "run", env=self._environ, stdout=log, stderr=log
+            )
+        await until(self._answers, "the daemon to answer")
+
+    async def end(self, by: signal.Signals = signal.SIGTERM) -> None:
+        """End it, gently or not."""
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(by)
+        await self._process.wait()
+
+    async def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.returncode is None, self._log.read_text()
+        try:
+            async with aiohttp.ClientSession() as session, session.get(f"{self.url}/sign-in") as answer:
+                return answer.status == 200
+        except aiohttp.ClientError:
+            return False
+
+
 @dataclasses.dataclass
 class Stage:
     """Everything that is running."""
 
-    url: str
+    daemon: Daemon
     key: str
     subscriber: Subscriber
     pool: Any
+
+    @property
+    def url(self) -> str:
+        """Where the dashboard is."""
+        return self.daemon.url
 
     async def api(self, method: str, path: str, body: Any = None) -> Any:
         """Call the API as the account's program would."""
@@ -137,39 +177,25 @@ async def stage(dsn: str, directory: Path, **settings: str) -> AsyncIterator[Sta
     subscriber.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     pool = await open_pool(dsn, size=2)
     _, key = await AccountStore(pool).create_key("acme")
-    listen = f"127.0.0.1:{_free_port()}"
     environ = {
         **os.environ,
         "DISPATCHER_DATABASE_DSN": dsn,
         "DISPATCHER_STATE_DIRECTORY": str(directory),
-        "DISPATCHER_SERVER_LISTEN": listen,
+        "DISPATCHER_SERVER_LISTEN": f"127.0.0.1:{_free_port()}",
         "DISPATCHER_SERVER_OPERATOR_KEY": OPERATOR_KEY,
         "DISPATCHER_METRICS_LISTEN": f"127.0.0.1:{_free_port()}",
         "DISPATCHER_NETWORK_ALLOW": "127.0.0.0/8",
         "DISPATCHER_NETWORK_ALLOW_HTTP": "true",
         **settings,
     }
-    with (directory / "daemon.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(*DISPATCHER, "run", env=environ, stdout=log, stderr=log)
-    here = Stage(f"http://{listen}", key, subscriber, pool)
+    daemon = Daemon(environ, directory)
     try:
-        await until(lambda: _answers(here.url, process, directory), "the daemon to answer")
-        yield here
+        await daemon.start()
+        yield Stage(daemon, key, subscriber, pool)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        await process.wait()
+        await daemon.end()
         await pool.close()
         await runner.cleanup()
-
-
-async def _answers(url: str, process: asyncio.subprocess.Process, directory: Path) -> bool:
-    assert process.returncode is None, (directory / "daemon.log").read_text()
-    try:
-        async with aiohttp.ClientSession() as session, session.get(f"{url}/sign-in") as answer:
-            return answer.status == 200
-    except aiohttp.ClientError:
-        return False
 
 
 def _free_port() -> int:

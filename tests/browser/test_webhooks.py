@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import re
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -194,6 +195,20 @@ async def test_the_overview_shows_what_happens_as_it_happens(window: Window, sta
     await expect(row).to_contain_text("delivered")
     await row.get_by_role("link").first.click()
     await expect(page.locator("#facts")).to_contain_text(event_id)
+
+
+async def test_a_page_outlives_the_daemon(window: Window, stage: Stage):
+    await stage.webhook("/outlived", events=["outlived.*"])
+    page = await window.open("/")
+    state = page.locator("[data-live-state]")
+    await expect(state).to_have_text("Live")
+    await stage.daemon.end(signal.SIGKILL)
+    await expect(state).to_have_text("Reconnecting")
+    await stage.emit("outlived.by_its_page")
+    await stage.daemon.start()
+    await expect(state).to_have_text("Live")
+    await expect(page.locator("#feed tbody tr").filter(has_text="/outlived")).to_contain_text("delivered")
+    window.troubles = [trouble for trouble in window.troubles if "net::ERR_" not in trouble]
 
 
 async def test_deleting_asks_first(window: Window, stage: Stage):

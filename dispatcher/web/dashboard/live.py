@@ -110,7 +110,8 @@ class Live:
         owner = session_of(request).owner
         watch = self._watches.get(owner.account_id)
         is_told = request.headers.get(LOOKING) == "again"
-        return (owner.account_id, watch.beat) if watch is not None and is_told else object()
+        # The watch itself, and not the account: the next one counts from nought again.
+        return (watch, watch.beat) if watch is not None and is_told else object()
 
     def close(self) -> None:
         """End every stream: pages come back to whoever serves then."""

@@ -284,6 +284,23 @@ async def test_an_open_page_is_told_of_a_change(
             await read_until(stream.content, b"event: change")
 
 
+async def test_a_page_that_is_opened_behind_another_is_not_shown_what_that_one_was(
+    house: House, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "PULSE_S", 0.01)
+    look = {live.LOOKING: "again"}
+    async with browser.client.get("/live") as stream:
+        await read_until(stream.content, b"looking")
+        assert "0 active" in (await browser.get("/", **look)).words
+    await house.webhook()
+    while any(task.get_name() == "dashboard pulse" for task in asyncio.all_tasks()):
+        await house.event()  # a change, at which the stream finds that nobody listens
+        await asyncio.sleep(0.01)
+    async with browser.client.get("/live") as stream:
+        await read_until(stream.content, b"looking")
+        assert "1 active" in (await browser.get("/", **look)).words
+
+
 async def test_what_happens_to_others_is_no_change(
     house: House, browser: Browser, rival: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
