@@ -30,7 +30,7 @@ def event_of(request: tuple[Mapping[str, str], bytes]) -> Any:
 
 
 async def test_the_guides_steps(stranger: Window, stage: Stage):
-    """Log in, Webhooks, Add Webhook, URL and events, Create Webhook; Send Test Event, type, Send; and an event arrives."""
+    """Log in, Webhooks, Add Webhook, URL and events, Create Webhook; Send Test Event, type, Send; an event arrives."""
     await stranger.sign_in(stage.key)
     page = stranger.page
     await page.get_by_role("link", name="Webhooks", exact=True).click()

@@ -306,6 +306,7 @@ async def test_replays_are_listed_and_are_nobody_elses(desk: Desk) -> None:
     assert ([each["id"] for each in rest["data"]], rest["has_more"]) == (jobs[:1], False)
     newer = await desk.ask("GET", f"/webhooks/{webhook}/replays", params={"before": jobs[0], "limit": 1})
     assert [each["id"] for each in newer["data"]] == [jobs[1]]
+    await desk.ask("GET", f"/webhooks/{webhook}/replays", params={"after": webhook}, status=422)
     for method in ("GET", "DELETE"):
         await desk.ask(method, f"/webhooks/{other}/replays/{jobs[0]}", status=404)
     await desk.ask("DELETE", f"/webhooks/{webhook}/replays/{jobs[0]}", status=404, key=desk.api.keys["rival"])
