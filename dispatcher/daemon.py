@@ -197,7 +197,7 @@ def _engine_settings(config: Config) -> EngineSettings:
         listen_dsn=config.database.listen_dsn,
         defaults=_defaults(config),
         jitter=config.retry.jitter,
-        max_in_flight=config.delivery.max_in_flight,
+        max_in_flight=min(config.delivery.max_in_flight, connections_max(config)),
         max_queued=config.delivery.max_queued,
         drain_s=config.delivery.drain_s,
         synchronous_commit=config.delivery.synchronous_commit,
@@ -251,6 +251,14 @@ def files_wanted(config: Config) -> int:
     return config.delivery.max_in_flight * FILES_PER_REQUEST + OTHER_FILES
 
 
+def connections_max(config: Config) -> int:
+    """How many descriptors deliveries may take: what everything else leaves, but half of them if they are few."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        limit = files_wanted(config)
+    return max(limit - OTHER_FILES, limit // 2)
+
+
 def raise_file_limit(config: Config) -> None:
     """Every connection is a descriptor: take what the system lets us have, and say when it is too little."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -265,6 +273,7 @@ def raise_file_limit(config: Config) -> None:
             "files.few",
             limit=soft,
             wanted=wanted,
+            connections=connections_max(config),
             remedy="LimitNOFILE= in the unit, or a lower [delivery] max_in_flight",
         )
 
@@ -294,6 +303,7 @@ async def run(
     transport = Transport(
         settings=TransportSettings(
             idle_connections_max=config.delivery.max_in_flight,  # fewer, and a full load would dial again and again
+            connections_max=connections_max(config),
             ca_file=config.network.ca_file or None,
             proxy=config.network.proxy or None,
             source_address=config.network.source_address or None,

@@ -250,12 +250,14 @@ class EmbeddedPostgres:
                 self._account = self._choose_account()
                 if not self.data.exists():
                     self._initialise(self._choose_installation())
+                was_ours = self._membership is not None
                 self._join()
                 try:
                     if not self._attach():
                         self._launch(self._choose_installation())
                 except BaseException:
-                    self._leave()
+                    if not was_ours:  # else whoever has the DSN waits for the next try
+                        self._leave()
                     raise
         except OSError as error:
             raise EmbeddedError(f"the embedded PostgreSQL cannot be kept in {self.directory}: {error}") from error
@@ -275,14 +277,17 @@ class EmbeddedPostgres:
     async def keep(self) -> None:
         """Launch the server anew whenever it has died, and keep its log bounded, until cancelled.
 
-        Raises EmbeddedError: it would not start again.
+        What stands in the way of that, a full disk most often, may go away: it is said, and tried again.
         """
         while True:
             await asyncio.sleep(WATCH_S)
-            self._bound_log()
-            if not self._runs():
-                _log.warning("embedded_postgres_died", pid=self._pid, log=str(self.log))
-                await asyncio.to_thread(self.start)
+            try:
+                self._bound_log()
+                if not self._runs():
+                    _log.warning("embedded_postgres_died", pid=self._pid, log=str(self.log))
+                    await asyncio.to_thread(self.start)
+            except (EmbeddedError, OSError) as error:
+                _log.error("embedded_postgres_in_trouble", reason=str(error), retry_in_s=WATCH_S)
 
     def __enter__(self) -> Self:
         self.start()

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,10 +45,21 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"uvloop": uvloop.new_event_loop}
 
 
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the programs under test also where this run was put into the background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     simulation = parser.getgroup("simulation")
     simulation.addoption("--seeds", type=int, default=500, help="how many worlds to simulate (default: %(default)s)")
     simulation.addoption("--seed", type=int, help="one world to simulate, with its history")
+    chaos = parser.getgroup("chaos")
+    chaos.addoption(
+        "--rounds", type=int, default=6, help="how often to kill what is to be killed (default: %(default)s)"
+    )
+    chaos.addoption("--moments", type=int, help="a seed: when to strike, as an earlier run printed it")
 
 
 class Administrator:

@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import asyncpg
 import pytest
 from aiohttp import web
+from daemons import PATIENCE_S, Program, connected, emit, free_address, subscribe, until
 
 from dispatcher.embedded import EmbeddedPostgres
 from dispatcher.store.schema import migrate
-
-PATIENCE_S = 60.0  # for what must happen; nothing here asserts how fast
-DISPATCHER = [sys.executable, "-c", "from dispatcher.cli.operator import main; main()"]
-
-
-async def until(condition: Callable[[], Any], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():  # the condition lies in another process or on a socket
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        pytest.fail(f"waited {PATIENCE_S} s for {what}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Receiver:
@@ -76,59 +53,6 @@ async def receiver() -> AsyncIterator[Receiver]:
     await runner.cleanup()
 
 
-class Program:
-    """One `dispatcher run` as a process of its own."""
-
-    def __init__(self, directory: Path, dsn: str, **settings: str) -> None:
-        self.api, self.metrics = (f"127.0.0.1:{free_port()}" for _ in range(2))
-        self.log = directory / f"{self.api}.log"
-        self._environment = {
-            **os.environ,
-            "DISPATCHER_DATABASE_DSN": dsn,
-            "DISPATCHER_STATE_DIRECTORY": str(directory),
-            "DISPATCHER_SERVER_LISTEN": self.api,
-            "DISPATCHER_METRICS_LISTEN": self.metrics,
-            "DISPATCHER_NETWORK_ALLOW": "127.0.0.0/8",
-            "DISPATCHER_NETWORK_ALLOW_HTTP": "true",
-            "DISPATCHER_RETRY_SCHEDULE": "1s,1s",
-            **settings,
-        }
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, *arguments: str) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*DISPATCHER, "run", *arguments], env=self._environment, stderr=log, stdout=log
-            )
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    async def ended(self) -> int:
-        process = self.process
-        assert process is not None
-        await until(lambda: process.poll() is not None, "the daemon to end")
-        return int(process.returncode)
-
-    async def status(self, path: str = "/readyz") -> tuple[int, str]:
-        try:
-            async with aiohttp.ClientSession() as session, session.get(f"http://{self.metrics}{path}") as answer:
-                return answer.status, await answer.text()
-        except aiohttp.ClientError as error:
-            return 0, str(error)
-
-    async def is_ready(self, *, role: str = "active") -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while True:
-                status, text = await self.status()
-                if status == 200 and role in text:
-                    return
-                assert self.process is not None
-                assert self.process.poll() is None, self.log.read_text()
-                await asyncio.sleep(0.05)
-
-
 @pytest.fixture
 def program(tmp_path: Path, database: str) -> Iterator[Callable[..., Program]]:
     made: list[Program] = []
@@ -139,19 +63,7 @@ def program(tmp_path: Path, database: str) -> Iterator[Callable[..., Program]]:
 
     yield make
     for each in made:
-        if each.process is not None and each.process.poll() is None:
-            each.process.kill()
-            each.process.wait()
-
-
-async def subscribe(dsn: str, program: Program, url: str) -> None:
-    """Register a webhook over the API, with a key made by the operator's command."""
-    key = await asyncio.to_thread(make_key, dsn)
-    async with (
-        aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session,
-        session.post(f"http://{program.api}/v1/webhooks", json={"url": url, "events": ["*"]}) as answer,
-    ):
-        assert answer.status == 201, await answer.text()
+        each.end()
 
 
 async def serving(program: Callable[..., Program], at: str, url: str, **settings: str) -> Program:
@@ -159,34 +71,8 @@ async def serving(program: Callable[..., Program], at: str, url: str, **settings
     daemon = program(**settings)
     daemon.start()
     await daemon.is_ready()
-    await subscribe(at, daemon, url)
+    await subscribe(at, daemon, {url: {}})
     return daemon
-
-
-def make_key(dsn: str) -> str:
-    done = subprocess.run(
-        [*DISPATCHER, "keys", "create", "--account", "default", "--json"],
-        env={**os.environ, "DISPATCHER_DATABASE_DSN": dsn},
-        capture_output=True,
-        check=True,
-    )
-    return str(json.loads(done.stdout)["key"])
-
-
-async def emit(connection: Any, count: int) -> list[str]:
-    rows = await connection.fetch(
-        "SELECT dispatcher.emit('email.sent', json_build_object('n', n)) FROM generate_series(1, $1::int) n", count
-    )
-    return [row[0] for row in rows]
-
-
-@contextlib.asynccontextmanager
-async def connected(dsn: str) -> AsyncIterator[Any]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 async def test_what_is_committed_arrives_and_what_is_rolled_back_does_not(
@@ -254,7 +140,7 @@ async def test_a_standby_takes_over_when_the_first_daemon_is_killed(
     await first.is_ready()
     second.start()
     await second.is_ready(role="standby")
-    await subscribe(database, second, f"{receiver.url}/hook")  # the API works on either
+    await subscribe(database, second, {f"{receiver.url}/hook": {}})  # the API works on either
     async with connected(database) as application:
         sent = await emit(application, 50)
         first.signal(signal.SIGKILL)
@@ -320,16 +206,16 @@ async def test_sighup_opens_a_network_without_a_restart(
     file.write_text('[network]\nallow = []\n[log]\nformat = "json"\n')
     daemon = program()
     for name in ("ALLOW", "ALLOW_HTTP"):
-        del daemon._environment[f"DISPATCHER_NETWORK_{name}"]
+        del daemon.environment[f"DISPATCHER_NETWORK_{name}"]
     daemon.start("--config", str(file))
     await daemon.is_ready()
     with pytest.raises(AssertionError, match="url"):
-        await subscribe(database, daemon, f"{receiver.url}/hook")
+        await subscribe(database, daemon, {f"{receiver.url}/hook": {}})
     file.write_text('[network]\nallow = ["127.0.0.0/8"]\nallow_http = true\n[database]\npool_size = 3\n')
     daemon.signal(signal.SIGHUP)
     await until(lambda: "reloaded" in daemon.log.read_text(), "the reload")
     assert "database.pool_size" in daemon.log.read_text(), "what needs a restart is named"
-    await subscribe(database, daemon, f"{receiver.url}/hook")
+    await subscribe(database, daemon, {f"{receiver.url}/hook": {}})
     async with connected(database) as application:
         (event,) = await emit(application, 1)
         await until(lambda: receiver.ids()[event] == 1, "a delivery into the opened network")
@@ -354,7 +240,7 @@ async def test_the_daemon_survives_a_restart_of_postgresql(
             await until(lambda: len(receiver.got) > 20, "the load to be under way")
         assert server.pid is not None
         os.kill(server.pid, signal.SIGQUIT)  # immediate shutdown: a crash, as far as anybody connected can tell
-        await status_becomes(daemon, 503)
+        await daemon.is_unready()
         await asyncio.to_thread(server.start)
         await daemon.is_ready()
         async with connected(server.dsn) as application:
@@ -366,12 +252,6 @@ async def test_the_daemon_survives_a_restart_of_postgresql(
             daemon.signal(signal.SIGKILL)
             await daemon.ended()
         server.stop()
-
-
-async def status_becomes(daemon: Program, wanted: int) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while (await daemon.status())[0] != wanted:
-            await asyncio.sleep(0.02)
 
 
 async def test_without_a_schema_it_exits_2_and_names_the_command(
@@ -386,7 +266,7 @@ async def test_without_a_schema_it_exits_2_and_names_the_command(
 async def test_without_a_database_it_exits_3_and_waits_when_told_to(
     program: Callable[..., Program], database: str
 ) -> None:
-    nowhere = f"postgresql://nobody@127.0.0.1:{free_port()}/nothing"
+    nowhere = f"postgresql://nobody@{free_address()}/nothing"
     daemon = program(dsn=nowhere)
     daemon.start()
     assert await daemon.ended() == 3

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import shutil
@@ -227,6 +228,35 @@ async def test_a_server_that_dies_is_launched_anew(
     assert await ask(server.dsn, "SELECT 1") == 1
     keeping.cancel()
     await asyncio.wait([keeping])
+
+
+async def test_a_launch_that_fails_is_tried_again_and_the_dsn_stays(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(embedded, "WATCH_S", 0.01)
+    distant = fresh / ("far" * 40)  # its socket is reached by a link, which must not go
+    async with EmbeddedPostgres(distant, FOUND[0].bin, ephemeral=True) as server:
+        dsn, killed, launch = server.dsn, server.pid, server._launch
+        failed, launched = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def reluctant(installation: embedded.Installation) -> None:
+            if not failed.is_set():
+                loop.call_soon_threadsafe(failed.set)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            launch(installation)
+            loop.call_soon_threadsafe(launched.set)
+
+        monkeypatch.setattr(server, "_launch", reluctant)
+        keeping = asyncio.create_task(server.keep())
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        await asyncio.wait_for(launched.wait(), 60)
+        keeping.cancel()
+        await asyncio.wait([keeping])
+        assert server.dsn == dsn
+        assert await ask(dsn, "SELECT 1") == 1
+    assert "No space left on device" in capsys.readouterr().out
 
 
 @linux_only

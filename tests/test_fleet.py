@@ -16,7 +16,9 @@ from typing import Any
 import aiohttp
 import asyncpg
 import pytest
-from test_daemon import DISPATCHER, PATIENCE_S, Program, connected, make_key
+from daemons import DISPATCHER, PATIENCE_S, Program, connected, subscribe
+
+from dispatcher.store.schema import written_for
 
 SHARDS = 4
 MOST = 3  # requests at once, for each webhook that is not ordered
@@ -126,10 +128,7 @@ def program(tmp_path: Path, database: str) -> Iterator[Callable[..., Program]]:
 
     yield make
     for each in made:
-        if each.process is not None and each.process.poll() is None:
-            each.signal(signal.SIGCONT)
-            each.process.kill()
-            each.process.wait()
+        each.end()
 
 
 def shards(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -167,15 +166,6 @@ async def until_shared(connection: Any, *programs: Program) -> None:
     except TimeoutError:
         logs = "\n".join(program.log.read_text()[-2000:] for program in programs)
         pytest.fail(f"{found} and not all shards evenly among {pids}\n{logs}")
-
-
-async def subscribe(program: Program, dsn: str, urls: dict[str, dict[str, Any]]) -> None:
-    key = await asyncio.to_thread(make_key, dsn)
-    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session:
-        for url, more in urls.items():
-            body = {"url": url, "events": ["email.*"], **more}
-            async with session.post(f"http://{program.api}/v1/webhooks", json=body) as answer:
-                assert answer.status == 201, await answer.text()
 
 
 class Load:
@@ -220,14 +210,8 @@ async def test_four_daemons_share_the_shards_and_lose_nothing_by_joining_leaving
     async with connected(database) as connection:
         one = program("one")
         await until_shared(connection, one)
-        await subscribe(
-            one,
-            database,
-            {
-                f"{receiver.url}{path}": {"ordered": True} if "ordered" in path else {"max_concurrency": MOST}
-                for path in paths
-            },
-        )
+        how: dict[bool, dict[str, Any]] = {True: {"ordered": True}, False: {"max_concurrency": MOST}}
+        await subscribe(database, one, {f"{receiver.url}{path}": how["ordered" in path] for path in paths})
         spread = await connection.fetch("SELECT shard, count(*) FROM dispatcher.endpoint GROUP BY shard")
         assert len(spread) == SHARDS, "every shard has webhooks"
         load = Load(database)
@@ -277,7 +261,7 @@ async def test_engine_and_web_run_apart(program: Callable[..., Program], receive
     web, engine = program("web", "--only", "web"), program("engine", "--only", "engine")
     await web.is_ready(role="web")
     await engine.is_ready()
-    await subscribe(web, database, {f"{receiver.url}/many/1": {}})
+    await subscribe(database, web, {f"{receiver.url}/many/1": {}})
     async with connected(database) as connection, aiohttp.ClientSession() as session:
         with pytest.raises(aiohttp.ClientConnectorError):
             await session.get(f"http://{engine.api}/docs")
@@ -286,8 +270,10 @@ async def test_engine_and_web_run_apart(program: Callable[..., Program], receive
         async with asyncio.timeout(PATIENCE_S):
             roles: list[str] = []
             while roles != ["active", "web"]:  # told each second
-                rows = await connection.fetch("SELECT role FROM dispatcher.instance ORDER BY role")
+                rows = await connection.fetch("SELECT role, snapshot FROM dispatcher.instance ORDER BY role")
                 roles = [row["role"] for row in rows]
+        written = {json.loads(row["snapshot"])["schema"] for row in rows}
+        assert written == {written_for()}, "or no migration that takes something away would ever be applied beside them"
         assert [each.daemon for each in receiver.arrivals] == ["engine"]
         async with session.get(f"http://{web.metrics}/metrics") as answer:
             assert 'dispatcher_deliveries_total{state="delivered"} 0.0' in await answer.text(), "or a sum counts twice"
@@ -305,7 +291,7 @@ async def test_the_number_of_shards_changes_with_a_backlog_and_loses_nothing(
     one = program("one")
     await one.is_ready()
     paths = [f"/many/{n}" for n in range(6)] + ["/ordered/0"]
-    await subscribe(one, database, {f"{receiver.url}{path}": {"ordered": "ordered" in path} for path in paths})
+    await subscribe(database, one, {f"{receiver.url}{path}": {"ordered": "ordered" in path} for path in paths})
     numbers: list[int] = []
     async with connected(database) as connection:
         for count in (3, 1):

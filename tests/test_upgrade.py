@@ -8,12 +8,11 @@ import io
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,14 @@ import aiohttp
 import asyncpg
 import pytest
 from aiohttp import web
+from daemons import PATIENCE_S, free_address, until
 
 from dispatcher.store import schema
 from dispatcher.store.schema import FIRST_RELEASE, migrate, migrations
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_REVISION = "6ee75f9cbd82"  # the last one whose newest migration is 0002
-PATIENCE_S = 60.0
 PRODUCERS = 3
-
-
-async def until(condition: Callable[[], Any], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():  # the condition lies in another process
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        pytest.fail(f"waited {PATIENCE_S} s for {what}")
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 class Release:

@@ -36,10 +36,11 @@ from dispatcher.core.rendering import TEXT_BYTES_MAX, Payload
 from dispatcher.core.signing import Signer
 from dispatcher.core.traces import is_traceparent
 from dispatcher.core.window import Health
+from dispatcher.engine.connection import Released
 from dispatcher.engine.journal import Journal
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
 from dispatcher.engine.spans import Spans
-from dispatcher.engine.transport import Released, Transport
+from dispatcher.engine.transport import Transport
 from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import (
     Attempt,
@@ -64,6 +65,11 @@ _EXHAUSTED: Final = DeliveryState.EXHAUSTED.value
 _DISCARDED: Final = DeliveryState.DISCARDED.value
 _PENDING: Final = DeliveryState.PENDING.value
 _COMPACT: Final = BodyStyle.COMPACT
+# An Enum's member looked up on its class costs 115 ns in CPython 3.11, a module's name 16.
+_QUEUED: Final = Offer.QUEUED
+_TO_RELEASE: Final = Verdict.RELEASE
+_TO_DELIVERED: Final = Verdict.DELIVERED
+_TO_DISABLE: Final = Verdict.DISABLE
 
 
 class Row(Enum):
@@ -255,7 +261,7 @@ class Deliverer:
         lane = self.lanes.lane(
             endpoint.id, limit=endpoint.max_concurrency, rate_limit=endpoint.rate_limit, ordered=endpoint.ordered
         )
-        if endpoint.status is EndpointStatus.PAUSED:
+        if endpoint.status is not EndpointStatus.ACTIVE:
             self.lanes.pause(lane)
         made = self.subscribers[endpoint.id] = Subscriber(endpoint, lane)
         self._equip(made)
@@ -276,6 +282,9 @@ class Deliverer:
             self.lanes.revive(subscriber.lane)
         if not endpoint.ordered:
             subscriber.head_key = None
+        if old.status is EndpointStatus.DISABLED:  # what is not discarded yet comes before anything new
+            subscriber.held = subscriber.backlog = True
+            subscriber.rewind()
         self._equip(subscriber)
 
     def _equip(self, subscriber: Subscriber) -> None:
@@ -313,12 +322,14 @@ class Deliverer:
         """Take a changed registry over: new settings now, and what is paused, disabled or gone stops at once."""
         for subscriber in list(self.subscribers.values()):
             endpoint = endpoints(subscriber.endpoint.id)
-            if endpoint is None or endpoint.status is EndpointStatus.DISABLED:
-                self._dismiss(subscriber, "the webhook was deleted" if endpoint is None else "the webhook is disabled")
+            if endpoint is None:
+                self._dismiss(subscriber)
                 continue
             if endpoint is not subscriber.endpoint:
                 self._update(subscriber, endpoint)
-            if endpoint.status is EndpointStatus.PAUSED:
+            if endpoint.status is EndpointStatus.DISABLED:
+                self._disable(subscriber)
+            elif endpoint.status is EndpointStatus.PAUSED:
                 self._hold(subscriber)
             elif subscriber.lane.paused:
                 self.lanes.resume(subscriber.lane)
@@ -330,11 +341,19 @@ class Deliverer:
             self.lanes.pause(subscriber.lane)
         self._put_back(self.lanes.release(subscriber.lane))
 
-    def _dismiss(self, subscriber: Subscriber, reason: str) -> None:
+    def _disable(self, subscriber: Subscriber) -> None:
+        """Discard what waits. The subscriber stays: enabled again, it still has requests out and its head."""
+        self._ledger.forgive(subscriber.endpoint.id)
+        self.lanes.pause(subscriber.lane)
+        for delivery in self.lanes.release(subscriber.lane):
+            self.discard(delivery, "the webhook is disabled")
+        self.on_dismissed(subscriber.endpoint.id)
+
+    def _dismiss(self, subscriber: Subscriber) -> None:
         del self.subscribers[subscriber.endpoint.id]
         self._ledger.forgive(subscriber.endpoint.id)
         for delivery in self.lanes.forget(subscriber.lane):
-            self.discard(delivery, reason)
+            self.discard(delivery, "the webhook was deleted")
         if subscriber.origin is not None:
             subscriber.origin.close()
         self.on_dismissed(subscriber.endpoint.id)
@@ -359,7 +378,7 @@ class Deliverer:
         """Take a first attempt over: into its lane if that can take it, else held behind the others."""
         subscriber = delivery.subscriber
         self.taken += 1
-        if subscriber.backlog or self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not Offer.QUEUED:
+        if subscriber.backlog or self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not _QUEUED:
             self.park(delivery)
 
     def recall(self, delivery: Delivery) -> bool:
@@ -532,7 +551,7 @@ class Deliverer:
     def _settle(self, delivery: Delivery, attempt: Attempt, outcome: Outcome) -> None:
         verdict = outcome.verdict
         telemetry = self._telemetry
-        if verdict is Verdict.RELEASE:
+        if verdict is _TO_RELEASE:
             self._release(delivery)
             return
         duration_s = attempt.duration_s
@@ -543,7 +562,7 @@ class Deliverer:
         number = delivery.attempts + 1
         if number == 1 and attempt.sent_at and not delivery.generation:  # a replay's age says nothing of us
             telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - delivery.event.written_unix))
-        if verdict is Verdict.DELIVERED:
+        if verdict is _TO_DELIVERED:
             state = _DELIVERED
             subscriber.error = None
             if self.logs_successes:
@@ -552,7 +571,7 @@ class Deliverer:
             state, due = self._retry(delivery, attempt, outcome, number)
             subscriber.error = attempt.error or f"{attempt.status}"
             self.journal.failed(delivery, attempt, state, number, due)
-        if verdict is Verdict.DISABLE:
+        if verdict is _TO_DISABLE:
             self._ledger.disable(subscriber.endpoint.id, "the endpoint answered 410 Gone")
         telemetry.deliveries[state] += 1
         self._ledger.attempt(delivery, attempt, state, number, attempt.error)

@@ -386,7 +386,7 @@ class Engine:
         self.ledger.load_health(await endpoints.health())
         await reader.reload()
         system = await shard.system()
-        if state.system != system:
+        if state.system != system or state.is_ahead:
             await self._naturalize(shard, endpoints, reader, system)
         return await shard.state()
 

@@ -37,7 +37,7 @@ from dispatcher.engine.transport import Transport
 from dispatcher.errors import DatabaseUnreachable
 from dispatcher.store.database import TROUBLE, close, connect
 from dispatcher.store.fleet import MEMBER_MAX, FleetStore
-from dispatcher.store.schema import check_schema
+from dispatcher.store.schema import check_schema, written_for
 from dispatcher.store.shard import ShardStore
 from dispatcher.store.vault import Vault
 from dispatcher.telemetry import Snapshot, Telemetry, total
@@ -256,6 +256,7 @@ class Fleet:
         idle_s = self._loop.time() - self._looked_at if self.database and not self._stopping else 0.0
         return msgspec.structs.replace(
             engines,
+            schema=written_for(),
             database=self.database and all(engine.database for engine in self.engines.values()),
             database_losses=self.losses + engines.database_losses,
             progress_age_s=max(idle_s, engines.progress_age_s),

@@ -13,6 +13,7 @@ from dispatcher.engine.engine import EngineSettings
 from dispatcher.engine.leases import HEARTBEAT_S, Instance, until_rung
 from dispatcher.engine.transport import Transport
 from dispatcher.store.database import TROUBLE
+from dispatcher.store.schema import written_for
 from dispatcher.telemetry import Snapshot, total
 
 log = structlog.get_logger("dispatcher.onlooker")
@@ -65,6 +66,7 @@ class Onlooker:
     def snapshot(self) -> Snapshot:
         """This process alone: it delivers nothing."""
         return Snapshot(
+            schema=written_for(),
             role="web",
             database=self._database,
             progress_age_s=self._loop.time() - self._looked_at,

@@ -161,7 +161,7 @@ class OutboxReader:
             elif not self._open:
                 self._advance(page.after)
             cursor = page.after
-            self.read_to = None if page.complete else page.rows[-1][10]
+            self.read_to = page.rows[-1][10] if page.rows and not page.complete else None
             if page.rows:
                 self.read_seq = max(self.read_seq, page.rows[-1][3])
             if page.complete:
@@ -317,8 +317,10 @@ class OutboxReader:
         One repeatable-read snapshot for all of it, which becomes the cursor. Nothing is sent meanwhile; `flush` is
         called after each page and must write down what was held.
         """
+        # The clock first: what is written after the snapshot must not seem to be from before it.
+        at = await self._connection.fetchval("SELECT clock_timestamp()")
         async with self._connection.transaction(isolation="repeatable_read", readonly=True):
-            snapshot, at = await self._connection.fetchrow("SELECT pg_current_snapshot(), clock_timestamp()")
+            snapshot = await self._connection.fetchval("SELECT pg_current_snapshot()")
             born = {row[0]: row[1] for row in await self._connection.fetch(statements("outbox")["born"])}
             rows = await self._connection.cursor(statements("outbox")["reread"], since)
             while chunk := await rows.fetch(self._page_rows):

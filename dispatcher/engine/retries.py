@@ -115,9 +115,10 @@ class Retries:
                 subscriber.head_key = None  # settled, or held like the others: the oldest is next
                 self.hungry(subscriber)
         for subscriber in committed.parked:
-            if subscribers.get(subscriber.endpoint.id) is subscriber:
+            is_known = subscribers.get(subscriber.endpoint.id) is subscriber
+            if is_known and subscriber.endpoint.status is not EndpointStatus.DISABLED:
                 self.hungry(subscriber)
-            else:  # dismissed while its rows were on their way
+            else:  # deleted or disabled while its rows were on their way
                 self.orphaned(subscriber.endpoint.id)
         for key, due in committed.due:
             self._wait(key, due)
@@ -144,19 +145,23 @@ class Retries:
         await self._pending.prepare()
         heads = await self._pending.heads()
         for endpoint_id in {*await self._pending.held_endpoints(), *heads}:
-            self._adopt(endpoint_id, heads.get(endpoint_id))
+            endpoint = self._registry().by_id(EndpointId(endpoint_id))
+            if endpoint is not None:
+                subscriber = self._deliverer.subscriber(endpoint)
+                if not endpoint.ordered:
+                    subscriber.head_key = None
+                elif subscriber.head_key not in self._deliverer.rows:  # else it failed just now
+                    subscriber.head_key = heads.get(endpoint_id)
+            self._adopt(endpoint_id)
 
-    def _adopt(self, endpoint_id: int, head: DeliveryKey | None) -> None:
+    def _adopt(self, endpoint_id: int) -> None:
+        """See to what is held: for its webhook, or to be discarded."""
         endpoint = self._registry().by_id(EndpointId(endpoint_id))
         if endpoint is None or endpoint.status is EndpointStatus.DISABLED:
             self.orphaned(endpoint_id)
             return
         subscriber = self._deliverer.subscriber(endpoint)
         subscriber.held = subscriber.backlog = True
-        if not endpoint.ordered:
-            subscriber.head_key = None
-        elif subscriber.head_key not in self._deliverer.rows:  # else it failed just now: the database has yet to hear
-            subscriber.head_key = head
         subscriber.rewind()
         self.hungry(subscriber)
 
@@ -388,11 +393,9 @@ class Retries:
 
     async def _bury(self) -> None:
         """Discard what is held for webhooks that are gone or disabled, a bounded step at a time."""
-        back = [endpoint_id for endpoint_id in self._orphans if self._is_alive(endpoint_id)]
-        heads = await self._pending.heads() if back else {}
-        for endpoint_id in back:  # resumed meanwhile: what is left of it is held
-            self._orphans.pop(endpoint_id, None)
-            self._adopt(endpoint_id, heads.get(endpoint_id))
+        for endpoint_id in [key for key in self._orphans if self._is_alive(key)]:  # enabled meanwhile
+            del self._orphans[endpoint_id]
+            self._adopt(endpoint_id)
         positions = [(endpoint_id, *after, ORPHAN_ROWS) for endpoint_id, after in list(self._orphans.items())[:4]]
         if not positions:
             return
@@ -408,6 +411,8 @@ class Retries:
                     self._bury_row(row, "the webhook is gone or disabled")
             if len(own) == ORPHAN_ROWS:
                 self._orphans.setdefault(endpoint_id, (own[-1][1], own[-1][2]))
+            elif (subscriber := self._deliverer.subscribers.get(endpoint_id)) and not self._is_alive(endpoint_id):
+                subscriber.held = subscriber.backlog = False
         if self._orphans:
             self._wake.set()
 

@@ -15,7 +15,8 @@ from dispatcher.core.addresses import Guard
 from dispatcher.core.head import fields_of, signatures
 from dispatcher.core.rendering import Payload
 from dispatcher.core.signing import Signer
-from dispatcher.engine.transport import Released, Transport
+from dispatcher.engine.connection import Released
+from dispatcher.engine.transport import Transport
 from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import Attempt, BodyStyle, Endpoint, Result
 

@@ -49,6 +49,7 @@ _ENGINE_SETTINGS: Final = {
 _SETTINGS: Final = {"jit": "off", "timezone": "UTC", "search_path": "pg_catalog, pg_temp"}
 
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+_FRAGMENT = re.compile(r"/\* (_\w+) \*/")
 
 
 def raise_if_cancelled() -> None:
@@ -60,10 +61,18 @@ def raise_if_cancelled() -> None:
 
 @functools.cache
 def statements(file: str) -> Mapping[str, str]:
-    """The named statements of `sql/<file>.sql`, each under its `-- name: …` header."""
+    """The named statements of `sql/<file>.sql`, each under its `-- name: …` header.
+
+    What several have in common is a part of its own, `_name`, and stands where they say `/* _name */`.
+    """
     text = (resources.files("dispatcher.store") / "sql" / f"{file}.sql").read_text()
     parts = _NAME.split(text)
-    return dict(zip(parts[1::2], (part.strip().rstrip(";") for part in parts[2::2]), strict=True))
+    named = dict(zip(parts[1::2], (part.strip().rstrip(";") for part in parts[2::2]), strict=True))
+    return {
+        name: _FRAGMENT.sub(lambda place: named[place[1]], sql)
+        for name, sql in named.items()
+        if not name.startswith("_")
+    }
 
 
 def place(dsn: str) -> str:

@@ -51,20 +51,25 @@ class Page:
 
 
 class OutboxPages:
-    """The reader's connection and its two statements."""
+    """The reader's connection and its statements."""
 
     def __init__(self, connection: Any, floor: datetime = BEGINNING) -> None:
         self._connection = connection
         self._floor = floor  # rows written before it bear transaction ids of another cluster
         self._first: Any = None
+        self._first_quiet: Any = None
         self._next: Any = None
         # Since when each transaction in progress has been seen: bounds where its rows can lie. Unknown after a restart.
         self._seen_since: dict[int, datetime] = {}
+        # Rows from before the floor that were read: they are shown again for as long as a transaction in progress has
+        # the id that they brought along.
+        self._foreign: set[int] = set()
 
     async def prepare(self) -> None:
-        """Prepare both statements once; a poll is then one round trip."""
+        """Prepare the statements once; a poll is then one round trip."""
         sql = statements("outbox")
         self._first = await self._connection.prepare(sql["first_page"])
+        self._first_quiet = await self._connection.prepare(sql["first_page_quiet"])
         self._next = await self._connection.prepare(sql["next_page"])
 
     async def read(self, cursor: Cursor, limit: int) -> Page:
@@ -75,24 +80,39 @@ class OutboxPages:
         since = max(cursor.prev_at - CLOCK_SLACK, self._floor)
         bounds = (running, xmax, cursor.at_xid, cursor.at_seq, since_running, since, limit)
         if cursor.cur is None:
-            header, *rows = await self._first.fetch(*bounds)
+            if running:
+                header, *rows = await self._first.fetch(*bounds)
+            else:
+                header, *rows = await self._first_quiet.fetch(xmax, cursor.at_xid, cursor.at_seq, since, limit)
             cur, cur_at, registry = header[0], header[1], header[2]
             self._remember(cur, cursor)
         else:
             rows = await self._next.fetch(*bounds, cursor.cur)
             cur, cur_at, registry = cursor.cur, cursor.cur_at or cursor.prev_at, None
         if len(rows) < limit:
-            return Page(rows, Cursor(cur, cur_at), registry, complete=True)
+            return Page(self._once(rows), Cursor(cur, cur_at), registry, complete=True)
         last = rows[-1]
-        return Page(rows, Cursor(cursor.prev, cursor.prev_at, cur, cur_at, last[4], last[3]), registry, complete=False)
+        after = Cursor(cursor.prev, cursor.prev_at, cur, cur_at, last[4], last[3])
+        return Page(self._once(rows), after, registry, complete=False)
+
+    def _once(self, rows: list[Any]) -> list[Any]:
+        """Without the rows from before the floor that were read already."""
+        if self._floor == BEGINNING:
+            return rows
+        rows = [row for row in rows if row[10] >= self._floor or row[3] not in self._foreign]
+        self._foreign.update(row[3] for row in rows if row[10] < self._floor)
+        return rows
 
     def _remember(self, cur: Snapshot, cursor: Cursor) -> None:
-        """A transaction first seen running in `cur` began after `prev`, unless it ran in `prev` too."""
+        """A transaction first seen running in `cur` began after `prev`, unless it ran in `prev` too.
+
+        After a restore it began after that: rows from before the floor that bear its id are not its.
+        """
         if not cur[2]:
             if self._seen_since:
                 self._seen_since = {}
             return
-        before, since = self._seen_since, cursor.prev_at - CLOCK_SLACK
+        before, since = self._seen_since, max(cursor.prev_at - CLOCK_SLACK, self._floor)
         old = cursor.prev[2]
         self._seen_since = {
             xid: before.get(xid, BEGINNING) if xid in before or xid in old or xid < cursor.prev[1] else since

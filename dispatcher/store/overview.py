@@ -43,7 +43,7 @@ class WebhookState(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None
     waiting: int
     is_cut: bool
-    oldest_at: datetime | None  # when the event that waits longest was written
+    oldest_at: datetime | None  # when the event that waits longest was written; replays and the like are left out
     next_at: datetime | None  # when the next attempt is due; None: what waits is held, or nothing does
 
 

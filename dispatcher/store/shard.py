@@ -34,6 +34,7 @@ class ShardState:
     system: str
     floor: datetime
     shards: int  # how many there are in all
+    is_ahead: bool  # transaction ids of the cursor or of rows lie ahead of this cluster's
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,7 +99,9 @@ class ShardStore:
         if row is None:
             raise Fenced(f"there is no shard {self._shard} any more")
         cursor = Cursor(row["prev"], row["prev_at"], row["cur"], None, row["at_xid"], row["at_seq"])
-        return ShardState(row["epoch"], row["batch"], cursor, row["system"], row["floor"], row["shards"])
+        return ShardState(
+            row["epoch"], row["batch"], cursor, row["system"], row["floor"], row["shards"], row["is_ahead"]
+        )
 
     async def naturalize(self, epoch: int, system: str, prev: Snapshot, prev_at: datetime) -> None:
         """After a restore into cluster `system`: read on from `prev`; no webhook of ours remembers ids of the old one.

@@ -23,6 +23,10 @@ UNFOLD = """
     }
 """
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+OUT_OF_SIGHT = """() => [...document.querySelectorAll("main :is(button, .button, .tabs a)")]
+    .filter((one) => one.checkVisibility() && one.getBoundingClientRect().right > innerWidth)
+    .map((one) => one.textContent.trim())
+"""
 
 
 async def look(window: Window, path: str, rules: dict[str, Any]) -> list[str]:
@@ -35,6 +39,7 @@ async def look(window: Window, path: str, rules: dict[str, Any]) -> list[str]:
         for one in found.response["violations"]
         for node in one["nodes"]
     ]
+    wrong += [f"{path}: {name} is out of sight" for name in await page.evaluate(OUT_OF_SIGHT)]
     wider = await page.evaluate(WIDER)
     return [*wrong, f"{path}: {wider} px wider than the window"] if wider > 0 else wrong
 
@@ -60,6 +65,19 @@ async def test_every_page_is_accessible_and_fits(
         for path in scene.pages().values():
             wrong += await look(window, path, rules)
     assert not wrong, "\n".join(wrong)
+
+
+async def test_a_long_address_leaves_the_rest_of_a_page_in_sight(window: Window, stage: Stage):
+    webhook = await stage.webhook("/ok/" + "long-" * 300, events=["long.*"], description="long" * 200)
+    await window.page.set_viewport_size(NARROW)
+    for path in (f"/webhooks/{webhook['id']}", f"/webhooks?q={webhook['id']}", f"/webhooks/{webhook['id']}/edit"):
+        page = await window.open(path)
+        assert await page.evaluate(WIDER) <= 0, path
+        first = page.locator("main :is(.tabs, tbody .badge, #url)").first
+        box = await first.bounding_box()
+        assert box is not None, path
+        assert box["y"] < NARROW["height"], path
+        assert box["x"] + box["width"] <= NARROW["width"], path
 
 
 async def test_the_theme_is_the_systems_until_somebody_chooses(stranger: Window):

@@ -20,10 +20,10 @@ from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.lanes import Lanes
 from dispatcher.core.rendering import Payload
 from dispatcher.core.routing import Registry
+from dispatcher.engine.connection import Released
 from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Row
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
 from dispatcher.engine.retries import Retries
-from dispatcher.engine.transport import Released
 from dispatcher.model import AccountId, Attempt, DeliveryKey, Endpoint, EndpointId, EndpointStatus, Result
 from dispatcher.store.shard import Batch
 from dispatcher.telemetry import Telemetry

@@ -328,7 +328,8 @@ async def test_results_that_come_in_after_the_shard_was_lost_are_not_ours_to_log
     assert {row[3] for row in log} == {"delivered"}
 
 
-async def test_restored_dump_loses_nothing_and_repeats_nothing_settled(house: House) -> None:
+@pytest.mark.parametrize("system", ["elsewhere", "a clone"])
+async def test_restored_dump_loses_nothing_and_repeats_nothing_settled(house: House, system: str) -> None:
     webhook = await house.webhook()
     running = await house.start()
     await house.emit(1, 10)
@@ -343,7 +344,9 @@ async def test_restored_dump_loses_nothing_and_repeats_nothing_settled(house: Ho
             )
     await house.app.execute(
         "UPDATE dispatcher.shard"
-        " SET system = 'elsewhere', prev = '1000000:1900000:', cur = NULL, at_xid = '0', at_seq = 0"
+        " SET system = CASE WHEN $1 = 'a clone' THEN system ELSE $1 END,"
+        " prev = '1000000:1900000:', cur = NULL, at_xid = '0', at_seq = 0",
+        system,
     )
     await house.app.execute("ALTER TABLE dispatcher.endpoint DISABLE TRIGGER registry_changed")
     await house.change(webhook, created_snapshot=(1000000, 1000000, ()))

@@ -11,7 +11,7 @@ import pytest
 from desk import Desk, endpoint
 from house import House, until
 
-from dispatcher.engine.ledger import ERROR_CHARS_MAX
+from dispatcher.engine.ledger import DELAY_S, ERROR_CHARS_MAX
 from dispatcher.errors import Fenced
 from dispatcher.store.shard import Batch, ShardStore
 
@@ -81,7 +81,7 @@ async def test_results_collect_for_a_moment_and_go_down_together() -> None:
         desk.answer(delivery, 200)
     await asyncio.sleep(0)
     assert desk.ledger.buffered == 3
-    desk.clock.advance(0.011)
+    desk.clock.advance(DELAY_S + 0.001)
     for _ in range(5):
         await asyncio.sleep(0)
     assert desk.ledger.buffered == 0

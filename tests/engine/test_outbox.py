@@ -14,7 +14,7 @@ from house import House, until
 from dispatcher.engine.engine import Engine
 from dispatcher.engine.outbox import OutboxReader
 from dispatcher.store.database import connect
-from dispatcher.store.outbox import Cursor, OutboxPages
+from dispatcher.store.outbox import BEGINNING, Cursor, OutboxPages
 
 INSERT = "INSERT INTO dispatcher.outbox (type, data) VALUES ('test.event', '{}') RETURNING id"
 
@@ -25,6 +25,7 @@ class Reading:
     def __init__(self, dsn: str, limit: int) -> None:
         self._dsn = dsn
         self._limit = limit
+        self._floor = BEGINNING
         self.seen: list[str] = []
         self.connection: Any = None
         self._pages: OutboxPages
@@ -32,13 +33,21 @@ class Reading:
 
     async def open(self) -> None:
         self.connection = await connect(self._dsn, name="reader", engine=True)
-        self._pages = OutboxPages(self.connection)
+        self._pages = OutboxPages(self.connection, self._floor)
         await self._pages.prepare()
 
     async def start(self) -> None:
         await self.open()
         row = await self.connection.fetchrow("SELECT prev, prev_at FROM dispatcher.shard")
         self.cursor = Cursor(row["prev"], row["prev_at"])
+
+    async def anchor(self) -> None:
+        """Start from here, as after a restore: whatever is visible is read, and may bear ids of another cluster."""
+        now = await self.connection.fetchval("SELECT clock_timestamp()")
+        self._floor = now
+        self.cursor = Cursor(await self.connection.fetchval("SELECT pg_current_snapshot()"), now)
+        self._pages = OutboxPages(self.connection, now)
+        await self._pages.prepare()
 
     async def page(self) -> bool:
         """Read a page; return whether the difference ends with it."""
@@ -171,6 +180,101 @@ async def test_whatever_the_interleaving_each_committed_event_is_seen_once(datab
     assert set(reading.seen) == committed
     for connection in (reading.connection, *producers):
         await connection.close()
+
+
+async def restored(connection: Any, xid: int) -> None:
+    """An event that a restore brought along, with the id its transaction had in another cluster."""
+    await connection.execute(
+        "INSERT INTO dispatcher.outbox (type, data, xid, written_at)"
+        " VALUES ('test.event', '{}', $1, now() - interval '1 hour')",
+        xid,
+    )
+
+
+async def test_restored_row_is_not_read_under_the_id_of_a_later_transaction(reading: Reading, database: str) -> None:
+    slow, other = await asyncpg.connect(database), await asyncpg.connect(database)
+    await reading.anchor()
+    transaction = slow.transaction()
+    await transaction.start()
+    await restored(other, await slow.fetchval("SELECT pg_current_xact_id()"))
+    for _ in range(3):
+        await reading.catch_up()
+    assert reading.seen == []
+    late = await slow.fetchval(INSERT)
+    await transaction.commit()
+    await reading.catch_up()
+    assert reading.seen == [late]
+    for connection in (slow, other):
+        await connection.close()
+
+
+async def test_restored_rows_are_shown_once_at_most_under_the_id_of_a_transaction_that_was_open_at_the_start(
+    reading: Reading, database: str
+) -> None:
+    """They look like its own from before the start: whoever reads them has to see whether they are new."""
+    slow, other = await asyncpg.connect(database), await asyncpg.connect(database)
+    transaction = slow.transaction()
+    await transaction.start()
+    for _ in range(7):  # more than two pages
+        await restored(other, await slow.fetchval("SELECT pg_current_xact_id()"))
+    late = await slow.fetchval(INSERT)
+    await reading.anchor()
+    for _ in range(5):
+        await reading.catch_up()
+    await transaction.commit()
+    await reading.catch_up()
+    assert len(reading.seen) == len(set(reading.seen))
+    assert reading.seen[-1] == late
+    for connection in (slow, other):
+        await connection.close()
+
+
+class Interrupted:
+    """A connection behind each of whose statements an application commits an event."""
+
+    def __init__(self, connection: Any, application: Any) -> None:
+        self._connection, self._application = connection, application
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def fetchval(self, *statement: Any) -> Any:
+        value = await self._connection.fetchval(*statement)
+        await self._application.fetchval(INSERT)
+        return value
+
+    async def fetchrow(self, *statement: Any) -> Any:
+        row = await self._connection.fetchrow(*statement)
+        await self._application.fetchval(INSERT)
+        return row
+
+
+async def test_what_a_restored_cursor_does_not_see_was_written_after_its_time(database: str) -> None:
+    """Or it would be taken for a row that came with the restore, and lost."""
+    application = await asyncpg.connect(database)
+    connection = await connect(database, name="reader", engine=True)
+    anything: Any = types.SimpleNamespace(match=lambda *_: [], version=1)
+    nothing: Any = None
+    reader = OutboxReader(
+        Interrupted(connection, application),
+        deliverer=nothing,
+        ledger=nothing,
+        telemetry=nothing,
+        load_registry=nothing,
+        dice=random.Random(1),
+    )
+    reader.registry = anything
+
+    async def written() -> None:
+        pass
+
+    cursor = await reader.reread(BEGINNING, written)
+    unseen = "SELECT min(written_at) FROM dispatcher.outbox WHERE NOT pg_visible_in_snapshot(xid, $1)"
+    since = await connection.fetchval(unseen, cursor.prev)
+    assert since is not None
+    assert cursor.prev_at <= since
+    for each in (connection, application):
+        await each.close()
 
 
 async def test_no_wake_up_is_lost_with_transactions_held_open_and_no_safety_poll(house: House) -> None:

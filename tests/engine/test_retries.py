@@ -282,16 +282,50 @@ async def test_ordered_webhook_gets_what_its_lane_gave_back_before_what_was_park
     assert [seq for _, seq in desk.sent] == list(range(1, 19))
 
 
-async def test_head_that_failed_while_a_session_began_is_still_waited_for() -> None:
+async def test_head_that_failed_while_a_session_began_is_still_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk(endpoint(1, ordered=True, schedule_s=(5.0,)))
+
+    async def held() -> list[int]:
+        return [1]
+
+    monkeypatch.setattr(desk.shelf, "held_endpoints", held)
     desk.emit()
     desk.emit()
     desk.answer(next(iter(desk.out)), 500)
-    desk.retries._adopt(1, None)  # the database has yet to hear of it
+    await desk.retries.start()  # the database has yet to hear of it
     await desk.retries.turn_backlogs()
     await desk.settle()
     desk.check_settled()
     assert [seq for _, seq in desk.sent] == [1, 1, 2]
+
+
+async def test_ordered_webhook_that_is_enabled_again_waits_for_its_head() -> None:
+    desk = Desk(endpoint(1, ordered=True, schedule_s=(5.0,)))
+    desk.emit()
+    desk.emit()
+    desk.answer(next(iter(desk.out)), 500)
+    await desk.flush()
+    desk.set(1, status=EndpointStatus.DISABLED)
+    await desk.retries.turn_backlogs()  # what was held is discarded; the head is due later
+    await desk.flush()
+    desk.set(1, status=EndpointStatus.ACTIVE)
+    desk.emit()
+    assert not desk.out
+    await desk.settle()
+    desk.check_settled()
+    assert [seq for _, seq in desk.sent] == [1, 1, 3]
+
+
+async def test_webhook_that_is_enabled_again_still_has_its_requests_out() -> None:
+    desk = Desk(endpoint(1, ordered=True, schedule_s=()))
+    desk.emit()
+    desk.set(1, status=EndpointStatus.DISABLED)
+    desk.set(1, status=EndpointStatus.ACTIVE)
+    desk.emit()
+    assert len(desk.out) == 1
+    await desk.settle()
+    desk.check_settled()
+    assert [seq for _, seq in desk.sent] == [1, 2]
 
 
 async def test_event_that_retention_dropped_is_discarded_with_the_reason(house: House) -> None:

@@ -22,8 +22,9 @@ from wire import GUARD, OK, REQUEST, TARGET, StillPipe, Wire, answer
 
 from dispatcher.core.addresses import Guard, Target
 from dispatcher.engine import transport as module
+from dispatcher.engine.connection import Connection, Released
 from dispatcher.engine.dialer import DialFailed
-from dispatcher.engine.transport import Connection, Origin, Released, Transport, TransportSettings
+from dispatcher.engine.transport import Origin, Transport, TransportSettings
 from dispatcher.model import Attempt, Result
 
 
@@ -398,6 +399,32 @@ def test_one_origin_gets_its_share_of_dials_and_the_rest_take_turns(monkeypatch:
             origin.submit(REQUEST, 9.0, wire.done, None)
     assert len(wire.transport._dials) <= 40
     assert all(origin.dials for origin in others)  # each got one, though the first could have had all
+
+
+def test_where_connections_are_few_the_one_idle_for_longest_makes_room() -> None:
+    wire = Wire(connections_max=2)
+    pipes = [StillPipe(), StillPipe()]
+    wire.lose()
+    for pipe in pipes:
+        wire.loop.now += 1.0
+        wire.open(wire.transport.origin(TARGET), pipe)
+    wire.begun.clear()
+    wire.transport.origin(TARGET).submit(REQUEST, 9.0, wire.done, None)
+    assert wire.begun == []
+    assert [pipe.is_closing() for pipe in pipes] == [True, False]
+    oldest = next(iter(wire.transport.connections))
+    oldest.connection_lost(None)
+    assert len(wire.begun) == 1
+
+
+def test_where_connections_are_few_and_none_is_idle_a_request_waits_for_one_to_close() -> None:
+    wire = Wire(connections_max=1)
+    wire.submit()
+    wire.begun.clear()
+    wire.transport.origin(TARGET).submit(REQUEST, 9.0, wire.done, None)
+    assert wire.begun == []
+    wire.lose()
+    assert len(wire.begun) == 1
 
 
 def test_a_failed_dial_ends_one_request_and_only_if_the_others_do_not_suffice() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from dispatcher.core.addresses import Guard
 from dispatcher.engine import dialer
 from dispatcher.engine import transport as module
+from dispatcher.engine.connection import Connection
 from dispatcher.engine.dialer import Phase
-from dispatcher.engine.transport import Connection, Origin, Transport, TransportSettings
+from dispatcher.engine.transport import Origin, Transport, TransportSettings
 from dispatcher.model import Attempt
 
 REQUEST = b"POST /hook HTTP/1.1\r\nHost: receiver.test\r\nContent-Length: 2\r\n\r\n{}"

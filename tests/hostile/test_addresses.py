@@ -17,8 +17,8 @@ from notations import REFUSED_HOSTS
 
 from dispatcher.core import addresses
 from dispatcher.core.addresses import METADATA_NAMES, REFUSED, Guard
+from dispatcher.engine.connection import Connection
 from dispatcher.engine.dialer import Dialer, DialFailed
-from dispatcher.engine.transport import Connection
 from dispatcher.model import Result
 
 NAME = "hook.example.com"

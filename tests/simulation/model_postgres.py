@@ -478,6 +478,12 @@ def _first_page(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[A
     return [header, *((None, None, None, *event.columns) for event, _ in zip(found, range(limit), strict=False))]
 
 
+@_reads("outbox", "first_page_quiet")
+def _first_page_quiet(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
+    xmax, at_xid, at_seq, since, limit = bounds
+    return _first_page(server, backend, (), xmax, at_xid, at_seq, since, since, limit)
+
+
 @_reads("outbox", "next_page")
 def _next_page(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
     running, xmax, at_xid, at_seq, since_running, since, limit, cur = bounds
@@ -530,7 +536,7 @@ def _take_over(server: ModelPostgres, transaction: Transaction, shard: int) -> l
 
 @_reads("shard", "cursor")
 def _cursor(server: ModelPostgres, backend: Backend, shard: int) -> list[Any]:
-    return [Record(**server.shards[shard])]
+    return [Record(**server.shards[shard], is_ahead=False)]
 
 
 @_reads("shard", "fall_asleep")

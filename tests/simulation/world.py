@@ -52,7 +52,7 @@ HEALING_S: Final = 1800.0  # a world that has healed for so long and is not sett
 VAULT: Final = Vault(b"k" * 32)
 IDS: Final = DeliveryIds(b"1" * 16)
 GUARD: Final = Guard(["127.0.0.0/8"], allow_http=True)
-SLOW: Final = ("refill", "pull", "fetch", "flush", "first_page", "known", "registry", "take_over")
+SLOW: Final = ("refill", "pull", "fetch", "flush", "first_page", "first_page_quiet", "known", "registry", "take_over")
 TYPES: Final = ("a.one", "a.two", "b.one")
 _OUTSIDE: Final = contextvars.Context()
 
@@ -77,6 +77,9 @@ class Plan:
     slow: str = ""  # a statement that takes its time
     failing: bool = False  # no receiver is well before the end
     jitter: float = 0.1
+    ordered: float = 0.3  # a share of the webhooks
+    disable_after_s: float = 5 * 86400.0  # of nothing but failures
+    acts: tuple[str, ...] = ()  # what goes wrong, by the names of the world's methods; none: whatever its kind has
 
     @classmethod
     def of(cls, dice: random.Random) -> Plan:
@@ -102,6 +105,7 @@ class Plan:
             plan.faults = dice.randint(4, 16)
             plan.slow = dice.choice(("", "", *SLOW))
             plan.failing = dice.random() < 0.1
+            plan.disable_after_s = dice.choice((5 * 86400.0, 5 * 86400.0, 1.0, 6.0))
         plan.daemons = 2 if kind == "duel" or dice.random() < 0.2 else 1
         return plan
 
@@ -420,6 +424,7 @@ class World:
             max_queued=plan.max_queued,
             drain_s=2.0,
             synchronous_commit=plan.is_durable,
+            disable_after_s=plan.disable_after_s,
         )
         given: dict[str, Any] = {
             "transport": transport, "guard": GUARD, "vault": VAULT, "ids": IDS, "wall": self.wall,
@@ -483,6 +488,8 @@ class World:
         if plan.burst:
             self._later(dice.uniform(0, plan.length_s), self._burst, plan.burst)
         acts = self._calm_faults() if plan.kind == "calm" else self._faults()
+        if plan.acts:
+            acts = [getattr(self, name) for name in plan.acts]
         for _ in range(plan.faults):
             self._later(dice.uniform(0.01, plan.length_s), self._happen, dice.choice(acts))
 
@@ -564,7 +571,8 @@ class World:
             mood = Mood.BROKEN  # what waits for a connection would come all at once
         self._set_mood(settings.receiver, mood)
         self._later(dice.choice((0.5, 4.0, 15.0)), self._set_mood, settings.receiver, Mood.WELL)
-        if mood is Mood.GONE and dice.random() < 0.7:
+        may_be_disabled = mood is Mood.GONE or self.plan.disable_after_s < self.plan.length_s
+        if may_be_disabled and dice.random() < 0.7:
             self._act(self._enable_again(settings, dice.choice((0.1, 2.0, 6.0))))
 
     def _set_mood(self, receiver: Receiver, mood: Mood) -> None:
@@ -588,9 +596,9 @@ class World:
                 victim.break_off(notice=False, linger_s=11.0)
 
     def _lie_in_wait(self) -> None:
-        name = self.dice.choice(
-            ("flush", "flush", "flush", "first_page", "pull", "fetch", "refill", "take_over", "learn", "registry")
-        )
+        pages = ("first_page", "first_page_quiet")
+        others = ("pull", "fetch", "refill", "take_over", "learn", "registry")
+        name = self.dice.choice(("flush", "flush", "flush", *pages, *others))
         self.weather.ambush = (name, self.dice.choice(("before", "during", "after")))
 
     def _stall(self) -> None:
@@ -733,7 +741,7 @@ class World:
     async def _create(self) -> None:
         dice = self.dice
         receiver = self.internet.receiver(dice.choice((0.002, 0.02, 0.2)))
-        ordered = dice.random() < 0.3
+        ordered = dice.random() < self.plan.ordered
         rate_limit = dice.choice((5.0, 20.0)) if dice.random() < 0.15 else None
         calm = self.plan.kind == "calm"
         receiver.mood = Mood.BROKEN if self.plan.failing else Mood.WELL

@@ -140,6 +140,20 @@ async def test_naturalized_shard_reads_on_from_here_and_knows_where_foreign_rows
     assert (state.system, state.floor, state.cursor) == ("here", NOW, Cursor((5, 6, ()), NOW))
 
 
+async def test_ids_ahead_of_the_cluster_are_foreign_though_it_bears_the_same_name(db: Any) -> None:
+    """A dump of one clone, restored into another that has come less far."""
+    shard = ShardStore(db, 0)
+    assert not (await shard.state()).is_ahead
+    await db.execute("INSERT INTO dispatcher.outbox (type, data) VALUES ('test.event', '{}')")
+    assert not (await shard.state()).is_ahead, "ours, and not read yet"
+    await db.execute("UPDATE dispatcher.outbox SET xid = '1000000000'")
+    assert (await shard.state()).is_ahead, "its row would be read again at every poll"
+    await db.execute("UPDATE dispatcher.shard SET floor = clock_timestamp()")
+    assert not (await shard.state()).is_ahead, "known to be foreign"
+    await db.execute("UPDATE dispatcher.shard SET prev = '1000:1000000000:'")
+    assert (await shard.state()).is_ahead, "nothing would be read until ours have come so far"
+
+
 async def test_fresh_schema_knows_its_cluster(db: Any) -> None:
     shard = ShardStore(db, 0)
     assert (await shard.state()).system == await shard.system()

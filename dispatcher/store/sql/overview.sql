@@ -3,7 +3,8 @@
 
 -- name: webhooks
 -- Each with what waits for it: $3 rows are counted in all, and what most webhooks leave of their share is for those with more.
--- The rows are in the order of the events, so the first is the oldest even where they are cut off.
+-- The rows are in the order of the events, so the first is the oldest even where they are cut off. What is sent again, by hand
+-- or by a replay, has not waited since its event was written.
 WITH mine AS (
     SELECT * FROM dispatcher.endpoint WHERE account_id = $1 AND public_id < $4 COLLATE "C" ORDER BY public_id DESC LIMIT $2
 ), share AS (
@@ -20,8 +21,9 @@ SELECT m.public_id AS id, m.url, m.description, m.events, m.status, m.disabled_r
        h.last_error, w.waiting, w.waiting = s.rows AS is_cut, w.oldest_at, w.next_at
 FROM mine m CROSS JOIN allowance s LEFT JOIN dispatcher.endpoint_health h ON h.endpoint_id = m.id
 CROSS JOIN LATERAL (
-    SELECT count(*) AS waiting, min(event_at) AS oldest_at, min(nullif(due_at, 'infinity')) AS next_at
-    FROM (SELECT event_at, due_at FROM dispatcher.pending WHERE endpoint_id = m.id
+    SELECT count(*) AS waiting, min(event_at) FILTER (WHERE generation = 0) AS oldest_at,
+           min(nullif(due_at, 'infinity')) AS next_at
+    FROM (SELECT event_at, due_at, generation FROM dispatcher.pending WHERE endpoint_id = m.id
           ORDER BY endpoint_id, event_seq, generation LIMIT (SELECT rows FROM allowance)) AS p) AS w
 ORDER BY m.public_id DESC;
 
@@ -106,10 +108,11 @@ CROSS JOIN LATERAL (
 WHERE e.account_id = $1 AND e.public_id = ANY ($5::text[]) ORDER BY e.public_id, b.begins;
 
 -- name: held
--- How many deliveries wait for a webhook, counted up to $3, and the oldest of them.
-SELECT count(*) AS waiting, min(p.event_at) AS oldest_at, min(nullif(p.due_at, 'infinity')) AS next_at
+-- How many deliveries wait for a webhook, counted up to $3, and the oldest of those that were made for their events.
+SELECT count(*) AS waiting, min(p.event_at) FILTER (WHERE p.generation = 0) AS oldest_at,
+       min(nullif(p.due_at, 'infinity')) AS next_at
 FROM dispatcher.endpoint e CROSS JOIN LATERAL (
-    SELECT event_at, due_at FROM dispatcher.pending WHERE endpoint_id = e.id
+    SELECT event_at, due_at, generation FROM dispatcher.pending WHERE endpoint_id = e.id
     ORDER BY endpoint_id, event_seq, generation LIMIT $3) AS p
 WHERE e.account_id = $1 AND e.public_id = $2;
 

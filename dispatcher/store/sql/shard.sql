@@ -9,7 +9,12 @@ SELECT pg_try_advisory_lock(1953656688, 1000 + $1::integer);
 UPDATE dispatcher.shard SET epoch = epoch + 1 WHERE id = $1 RETURNING epoch;
 
 -- name: cursor
-SELECT epoch, batch, prev, prev_at, cur, at_xid, at_seq, system, floor, (SELECT count(*) FROM dispatcher.shard) AS shards
+-- Ids that lie ahead of this cluster's are foreign too: a clone of a cluster bears the identifier of the first, and a dump of
+-- one may be restored into the other. What is visible here and ours has an id below the snapshot's end.
+SELECT epoch, batch, prev, prev_at, cur, at_xid, at_seq, system, floor, (SELECT count(*) FROM dispatcher.shard) AS shards,
+       greatest(pg_snapshot_xmax(prev), pg_snapshot_xmax(cur)) > pg_snapshot_xmax(pg_current_snapshot())
+       OR EXISTS (SELECT FROM dispatcher.outbox
+                  WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()) AND written_at >= floor) AS is_ahead
 FROM dispatcher.shard WHERE id = $1;
 
 -- name: anchor

@@ -73,6 +73,11 @@ def trouble_of(webhook: WebhookState, now: datetime) -> Trouble | None:
 def explained(error: str | None) -> tuple[str, str]:
     """What an attempt's failure means, and what to do about it."""
     error = error or "no answer"
+    if error.startswith("timed out"):
+        return (
+            f"It takes too long: {error}.",
+            "Let its handler answer 2xx at once and work later, or give it more time in the settings.",
+        )
     if not error.isdecimal():
         return (
             f"It could not be reached: {error}.",
@@ -86,6 +91,8 @@ def explained(error: str | None) -> tuple[str, str]:
             )
         case 404 | 405:
             return f"It answers {error}: nothing takes POST requests there.", "Check the path of the URL."
+        case 410:
+            return "It answers 410: it wants nothing more.", "Resume its webhook once it does, and send this again."
         case 429:
             return "It answers 429: too many requests.", "Set a rate limit it can keep up with."
         case status if 300 <= status < 400:

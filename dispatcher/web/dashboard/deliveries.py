@@ -159,6 +159,8 @@ def meaning(record: DeliveryRecord, webhook: EndpointRecord) -> str:
             times = "Its only attempt" if record.attempts == 1 else f"All {record.attempts} attempts"
             return f"Given up. {times} failed, and nothing more is sent unless you send it again."
         case DeliveryState.DISCARDED:
+            if record.attempts:
+                return "Refused, and it will not be sent again: the reason is below."
             return "Not sent, and it will not be: the reason is below."
         case DeliveryState.IN_FLIGHT:
             return "A request is on its way, and its answer is awaited."

@@ -43,13 +43,16 @@ class LogPage:
         check_query(request, *FILTERS, "id", "after", "before", "note")
         subject = await subject_of(self._desk, request)
         zone = visit_of(request).zone or UTC
-        given = {name: value.strip() for name, value in request.query.items() if value.strip() and name != "note"}
+        entered = {name: value for name, value in request.query.items() if name != "note"}
+        given = {name: _shareable(name, value.strip(), zone) for name, value in entered.items() if value.strip()}
+        if given != entered:
+            raise web.HTTPSeeOther(f"{request.path}?{urlencode(given)}")
         if given.get("id", "").startswith("dlv_"):
             raise web.HTTPSeeOther(f"/deliveries/{given['id']}") if _is_cursor(given["id"]) else _no_id()
         filters = _only(given, *FILTERS)
         errors, rows, cursor = Errors(), list[DeliveryAnswer](), None
         try:
-            rows, cursor = await self._listed(request, _asked(filters, given, zone), given)
+            rows, cursor = await self._listed(request, _asked(filters, given), given)
         except Problem as problem:
             if problem.status != 422:
                 raise
@@ -84,12 +87,14 @@ class LogPage:
         return await self._deliveries.listed(session_of(request).owner, request.match_info["id"], part)
 
 
-def _asked(filters: Mapping[str, str], given: Mapping[str, str], zone: tzinfo) -> dict[str, str]:
-    """Filters as the API has them: times with their zone, an event's id among them."""
-    asked = {name: utc_of(value, zone) if name in {"since", "until"} else value for name, value in filters.items()}
-    if "id" in given:
-        asked["event_id"] = given["id"]
-    return asked
+def _shareable(name: str, value: str, zone: tzinfo) -> str:
+    """A filter as the address has it, which means the same to a reader in another zone."""
+    return utc_of(value, zone) if name in {"since", "until"} else value
+
+
+def _asked(filters: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
+    """Filters as the API has them, an event's id among them."""
+    return dict(filters) | ({"event_id": given["id"]} if "id" in given else {})
 
 
 def utc_of(text: str, zone: tzinfo) -> str:
@@ -106,8 +111,6 @@ def _shown(text: str, name: str, zone: tzinfo) -> str:
     """What the field shows: a shared address may hold the time in another zone."""
     if name not in {"since", "until"} or not text:
         return text
-    if _is_local(text):
-        return text[:16]
     try:
         return datetime.fromisoformat(text.replace(" ", "+")).astimezone(zone).strftime("%Y-%m-%dT%H:%M")
     except (ValueError, OverflowError):

@@ -46,7 +46,7 @@ async def test_the_timeline_tells_each_attempt_and_the_next(house: House, browse
     [
         ("delivered", "Accepted by the first attempt."),
         ("exhausted", "Given up. Its only attempt failed, and nothing more is sent unless you send it again."),
-        ("discarded", "Not sent, and it will not be: the reason is below."),
+        ("discarded", "Refused, and it will not be sent again: the reason is below."),
     ],
 )
 async def test_a_state_is_said_in_words(house: House, browser: Browser, state: str, said: str):

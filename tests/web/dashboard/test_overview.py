@@ -19,7 +19,7 @@ from dispatcher.web.dashboard.advice import explained, trouble_of
 from dispatcher.web.dashboard.rendering import clock, duration, milliseconds, percent, relative
 
 if TYPE_CHECKING:
-    from tests.web.dashboard.conftest import Browser, House
+    from tests.web.dashboard.conftest import Browser, House, Seen
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -54,6 +54,18 @@ async def test_the_figures_are_those_of_the_log(house: House, browser: Browser) 
     assert "Waiting 2 deliveries" in words
     assert "1 retried" in words
     assert "p95 12 ms" in words
+
+
+async def test_what_is_sent_again_has_not_waited_since_its_event_was_written(house: House, browser: Browser) -> None:
+    webhook = await house.webhook()
+    await house.pending(webhook["id"], await house.event())
+    await house.db.execute("UPDATE dispatcher.pending SET event_at = now() - interval '9 days'")
+    assert "Behind since" in (await browser.get("/")).words
+    await house.db.execute("UPDATE dispatcher.pending SET generation = 1")
+    for path in ("/", f"/webhooks/{webhook['id']}"):
+        words = (await browser.get(path)).words
+        assert "Behind" not in words
+        assert "all of them sent again" in words
 
 
 async def test_what_is_stuck_stands_first_with_since_when_why_and_what_to_do(house: House, browser: Browser) -> None:
@@ -160,7 +172,7 @@ async def test_retrying_is_told_from_exhausted(browser: Browser, log: dict[str, 
     words = (await browser.get(log["path"])).words
     assert re.search(r"retrying email\. retrying .*? 1 attempt failed, next in 5\d s", words)
     assert re.search(r"exhausted email\. exhausted .*? given up after 1 attempt", words)
-    assert re.search(r"pending email\. pending .*? held", words)
+    assert re.search(r"pending email\. pending .*? queued", words)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +192,26 @@ async def test_retrying_is_told_from_exhausted(browser: Browser, log: dict[str, 
 async def test_filters_stand_in_the_address(
     browser: Browser, log: dict[str, Any], query: str, expected: list[str]
 ) -> None:
-    page = await browser.get(f"{log['path']}?{query}")
+    page = await led_on(browser, f"{log['path']}?{query}")
     assert page.status == 200
     assert types_of(page.text) == expected
     assert expected or "No delivery matches" in page.words
+
+
+async def led_on(browser: Browser, path: str) -> Seen:
+    """The page, at the address that it has for sharing."""
+    page = await browser.get(path)
+    return await browser.get(page.location) if page.status == 303 else page
+
+
+async def test_an_address_means_the_same_in_every_zone_and_holds_no_empty_filters(
+    browser: Browser, log: dict[str, Any]
+) -> None:
+    query = "status=&since=2026-07-01T12:30&type=email.delivered&note=saved"
+    browser.client.session.cookie_jar.update_cookies({"dispatcher_zone": "Europe/Berlin"})
+    page = await browser.get(f"{log['path']}?{query}")
+    assert page.location == f"{log['path']}?since=2026-07-01T10:30:00Z&type=email.delivered"
+    assert 'value="2026-07-01T12:30"' in (await browser.get(page.location)).text
 
 
 async def test_an_event_s_id_finds_its_delivery_and_a_delivery_s_id_leads_to_it(
@@ -217,7 +245,7 @@ async def test_pages_turn_forth_and_back_with_the_filters(browser: Browser, log:
 async def test_a_filter_that_makes_no_sense_says_so_beside_it(
     browser: Browser, log: dict[str, Any], query: str, field: str
 ) -> None:
-    page = await browser.get(f"{log['path']}?{query}")
+    page = await led_on(browser, f"{log['path']}?{query}")
     assert page.status == 422
     assert re.findall(r'id="(\w+)-error"', page.text) == [field]
 

@@ -319,6 +319,9 @@ async def test_an_unreachable_endpoint_is_told_in_words(house: House, browser: B
     page = await browser.post(f"/webhooks/{webhook['id']}/test", {"type": "email.sent", "data": "{}"})
     assert "dns: no such name" in page.words
     assert "It could not be reached: no such name." in page.words
+    house.endpoint.answers = [Attempt(Result.TIMEOUT, error="timed out after 30 s (headers)")]
+    page = await browser.post(f"/webhooks/{webhook['id']}/test", {"type": "email.sent", "data": "{}"})
+    assert "It takes too long: timed out after 30 s (headers). Let its handler answer 2xx at once" in page.words
 
 
 @pytest.mark.parametrize(
