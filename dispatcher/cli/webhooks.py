@@ -360,6 +360,11 @@ def _advise(webhook_id: str, told: Mapping[str, Any]) -> None:
         hint(
             f"Your handler accepts the other body style: trackpost webhooks update {webhook_id} --body-style {accepted}"
         )
+    elif len(told["tries"]) > 1:
+        hint(
+            "Your handler accepts neither body style. It has another secret, or does not find the signature's header: "
+            f"trackpost webhooks get {webhook_id} --show-secret prints what we sign with."
+        )
 
 
 @webhooks.command(

@@ -37,9 +37,13 @@ STEP_EVENTS: Final = 500  # deliveries made in a step: 5 ms of PostgreSQL's time
 LOOK_EVENTS: Final = 2000  # events looked at for that, at 20-50 µs each
 HELD_MAX: Final = 500  # waiting at the webhook: the next step comes when there are fewer
 COUNT_EVENTS: Final = 10_000  # events a preview looks at: ≈ 0.3 s
+PASS_EVENTS: Final = 20_000  # events of the same days but outside the times asked for, passed in a step: ≈ 0.1 s
+COUNT_PASS_EVENTS: Final = 400_000  # and in a preview: ≈ 2 s
 JOBS: Final = 50  # taken at a time
 RUNNING_MAX: Final = 10  # replays of one webhook under way at once
 MEMORY: Final = timedelta(seconds=15)  # how long an event may be in the engine's memory only: it is spilled after 10 s
+
+DAY: Final = timedelta(days=1)
 
 _DELIVERED: Final = 3
 _GIVEN_UP: Final = 2
@@ -105,7 +109,10 @@ class ReplayRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplayPreview(msgspec.Struct, frozen=True):
-    """What a replay would queue. `is_whole` is False when there was more to look at: then `count` is a lower bound."""
+    """What a replay would queue. `is_whole` is False when there was more to look at: then `count` is a lower bound.
+
+    `looked` counts the events of the times asked for.
+    """
 
     count: int
     looked: int
@@ -115,10 +122,20 @@ class ReplayPreview(msgspec.Struct, frozen=True):
 class ReplayStore:
     """All that touches replays. `db` is a pool or a connection of asyncpg; steps need a connection."""
 
-    def __init__(self, db: Any, *, step_events: int = STEP_EVENTS, count_events: int = COUNT_EVENTS) -> None:
+    def __init__(
+        self,
+        db: Any,
+        *,
+        step_events: int = STEP_EVENTS,
+        count_events: int = COUNT_EVENTS,
+        pass_events: int = PASS_EVENTS,
+        count_pass_events: int = COUNT_PASS_EVENTS,
+    ) -> None:
         self._db = db
         self._step_events = step_events
         self._count_events = count_events
+        self._pass_events = pass_events
+        self._count_pass_events = count_pass_events
         self._sql = statements("replay")
 
     # -- for the webhooks' owners
@@ -167,10 +184,12 @@ class ReplayStore:
         webhook = await self._db.fetchrow(self._sql["preview"], endpoint_id)
         if webhook is None:
             return None
-        rows = await self._look(endpoint_id, webhook, choice, "", self._count_events)
+        most = {"limit": self._count_events, "passed": self._count_pass_events}
+        rows = await self._look(endpoint_id, webhook, choice, "", **most)
         fresh_from = datetime.now(UTC) - MEMORY
         count = sum(is_chosen(row, choice.selection, fresh_from) for row in rows)
-        return ReplayPreview(count, len(rows), len(rows) < self._count_events)
+        is_whole = _is_last(rows, self._count_events, self._count_pass_events)
+        return ReplayPreview(count, _within(rows), is_whole)
 
     # -- for the engine
 
@@ -195,7 +214,8 @@ class ReplayStore:
         choice = Choice(
             selection=Selection(job["selection"]), since=job["since"], until=job["until"], types=job["types"]
         )
-        rows = await self._look(job["endpoint_id"], job, choice, job["after_id"], LOOK_EVENTS)
+        most = {"limit": LOOK_EVENTS, "passed": self._pass_events}
+        rows = await self._look(job["endpoint_id"], job, choice, job["after_id"], **most)
         looked, chosen = _cut(rows, choice.selection, job["created_at"] - MEMORY, self._step_events)
         queued = 0
         if chosen:
@@ -203,14 +223,14 @@ class ReplayStore:
             queued = await self._db.fetchval(
                 self._sql["queue"], job["endpoint_id"], job["generation"], job["shard"], *columns
             )
-        is_over = looked == len(rows) < LOOK_EVENTS
+        is_over = looked == len(rows) and _is_last(rows, LOOK_EVENTS, self._pass_events)
         last = rows[looked - 1] if looked else None
         await self._db.execute(
             self._sql["advance"],
             job["id"],
             last["id"] if last else job["after_id"],
             last["written_at"] if last else None,
-            looked,
+            _within(rows[:looked]),
             queued,
             (ReplayStatus.DONE if is_over else ReplayStatus.RUNNING).value,
             rows[0]["seq"] if looked else None,
@@ -218,12 +238,29 @@ class ReplayStore:
         )
         return not is_over
 
-    async def _look(self, endpoint_id: int, webhook: Any, choice: Choice, after_id: str, limit: int) -> Sequence[Any]:
+    async def _look(
+        self, endpoint_id: int, webhook: Any, choice: Choice, after_id: str, *, limit: int, passed: int
+    ) -> Sequence[Any]:
         types = None if choice.types is None else list(choice.types)
         return await self._db.fetch(  # type: ignore[no-any-return]
             self._sql["look"], webhook["account"], after_id, choice.since, choice.until, limit, endpoint_id,
-            webhook["events"], types, webhook["created_snapshot"],
+            webhook["events"], types, webhook["created_snapshot"], passed, _day(choice.since), _day(choice.until) + DAY,
         )  # fmt: skip
+
+
+def _day(at: datetime) -> datetime:
+    """When its day begins in UTC, as the outbox's partitions do."""
+    return at.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+def _is_last(rows: Sequence[Any], limit: int, passed: int) -> bool:
+    """Whether nothing follows what `look` found within these limits."""
+    return len(rows) < limit and not (rows and rows[-1]["place"] == passed)
+
+
+def _within(rows: Sequence[Any]) -> int:
+    """How many of these events are of the times asked for."""
+    return sum(row["is_within"] for row in rows)
 
 
 def is_chosen(row: Any, selection: Selection, fresh_from: datetime) -> bool:

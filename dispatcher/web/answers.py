@@ -84,8 +84,11 @@ def check_query(request: web.Request, *known: str) -> None:
     _check_names(request, known)
 
 
-def wanted(request: web.Request, *filters: str) -> Wanted:
-    """The part of a list that the query asks for. Raises Problem for parameters that are unknown or make no sense."""
+def wanted(request: web.Request, *filters: str, prefix: str = "") -> Wanted:
+    """The part of a list that the query asks for. Raises Problem for parameters that are unknown or make no sense.
+
+    `prefix` is what the ids of the list begin with, if all of them do: applications may name their own events.
+    """
     _check_names(request, ("limit", "after", "before", *filters))
     query, errors = request.query, []
     limit = query.get("limit", str(LIMIT))
@@ -94,7 +97,7 @@ def wanted(request: web.Request, *filters: str) -> Wanted:
     errors += (
         FieldError(name, "expected what `next` of a page was, or the id of an entry")
         for name in ("after", "before")
-        if name in query and not _is_cursor(query[name])
+        if name in query and not (_is_cursor(query[name]) and query[name].startswith(prefix))
     )
     if "after" in query and "before" in query:
         errors.append(FieldError("before", "cannot be combined with after"))

@@ -71,7 +71,10 @@ async def _read_text(request: web.Request) -> str:
     except UnicodeDecodeError:
         raise Problem(400, "invalid_json", "The body is not UTF-8.") from None
     except (web.RequestPayloadError, ConnectionError):
-        raise Problem(400, "incomplete_body", "The body ended too soon or could not be decompressed.") from None
+        # Where the next request would begin is anybody's guess.
+        last = {"Connection": "close"}
+        detail = "The body ended too soon or could not be decompressed."
+        raise Problem(400, "incomplete_body", detail, headers=last) from None
 
 
 def parse_body(text: str, kind: type[T], checks: Mapping[str, Check]) -> T:

@@ -57,6 +57,14 @@ class Connection(web.RequestHandler):
         if self.transport is not None:
             self.transport.abort()
 
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Tell of what broke outside of all handlers: of callers whose body nobody can read, as of other mistakes."""
+        error = kw.get("exc_info")
+        if isinstance(error, web.RequestPayloadError):
+            log.debug("request.malformed", reason=type(error).__name__)
+        else:
+            super().log_exception(*args, **kw)
+
     def handle_error(
         self,
         request: web.BaseRequest,

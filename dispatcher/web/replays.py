@@ -19,7 +19,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from dispatcher.core.routing import valid_filter
 from dispatcher.model import EndpointId, EndpointStatus
-from dispatcher.store.replays import RUNNING_MAX, Choice, ReplayRecord, ReplayStatus, Selection
+from dispatcher.store.replays import ID_PREFIX, RUNNING_MAX, Choice, ReplayRecord, ReplayStatus, Selection
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
 from dispatcher.web.asked import A_MOMENT, WEBHOOK, read_moment
 from dispatcher.web.auth import caller
@@ -117,7 +117,7 @@ class Replays:
     @operation("Deliveries", parameters=PAGE, answers={200: PageOf(ReplayAnswer)})
     async def browse(self, request: web.Request) -> web.Response:
         """A webhook's replays, newest first."""
-        part = wanted(request)
+        part = wanted(request, prefix=ID_PREFIX)
         endpoint_id = await self._endpoint(caller(request).account_id, request.match_info["id"])
         found = await self._log.replays.browse(endpoint_id, limit=part.limit + 1, after=part.after, before=part.before)
         records, next_cursor = cut(found, part)
@@ -196,7 +196,7 @@ def _choice(body: NewReplay) -> Choice:
     if until <= since:
         field = "until" if isinstance(body.until, str) else "since"
         raise invalid(
-            [FieldError(field, "expected a time after since" if field == "until" else "expected a time past")]
+            [FieldError(field, "expected a time after since" if field == "until" else "expected a time in the past")]
         )
     types = body.types if isinstance(body.types, list) else None
     return Choice(selection=body.status, since=since, until=min(until, now), types=types)

@@ -25,7 +25,7 @@ from dispatcher.core.headers import HEADERS_MAX, HeadersRefused, check_headers
 from dispatcher.core.signing import new_secret
 from dispatcher.errors import AddressRefused
 from dispatcher.model import BodyStyle, Discreet, EndpointStatus
-from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, EndpointRecord
+from dispatcher.store.endpoints import ID_PREFIX, EndpointChange, EndpointDefaults, EndpointRecord
 from dispatcher.web.answers import answer, cut, moment, no_query, page, wanted
 from dispatcher.web.asked import WEBHOOK, nothing_said, read_optional_body
 from dispatcher.web.auth import caller
@@ -197,7 +197,7 @@ class Webhooks:
     @operation("Webhooks", parameters=PAGE, answers={200: PageOf(WebhookAnswer)})
     async def browse(self, request: web.Request) -> web.Response:
         """The account's webhooks, newest first."""
-        part = wanted(request)
+        part = wanted(request, prefix=ID_PREFIX)
         found = await self._web.endpoints.list(
             caller(request).account_id, limit=part.limit + 1, after=part.after, before=part.before
         )

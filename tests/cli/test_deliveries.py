@@ -171,6 +171,9 @@ def test_a_test_that_is_refused_ends_with_1_and_names_the_style_that_helps(custo
     assert json.loads(refused.stdout)["body_style_accepted"] == "python"
     shown = shell.run_on_terminal("trackpost", "webhooks", "test", webhook, env=customer.environ)
     assert (shown.code, "--body-style python" in shown.out.replace("\n", " ")) == (1, True)
+    customer.house.receiver.answer = lambda arrival: 401
+    shown = shell.run_on_terminal("trackpost", "webhooks", "test", webhook, env=customer.environ)
+    assert (shown.code, "--show-secret" in shown.out.replace("\n", " ")) == (1, True)
     assert customer("webhooks", "test", webhook, "--data", "{").exit_code == 2
 
 

@@ -361,6 +361,11 @@ async def test_a_cursor_outlives_the_entry_it_names(api: Api) -> None:
     assert [entry["id"] for entry in rest["data"]] == ids[1:]
 
 
+@pytest.mark.parametrize("way", ["after", "before"])
+async def test_a_cursor_of_another_list_is_a_mistake(api: Api, way: str) -> None:
+    check_problem(await api("GET", f"/v1/webhooks?{way}=evt_1"), 422, "invalid_request", [way])
+
+
 @pytest.mark.parametrize("path", ["/v1/webhooks", "/v1/events"])
 @pytest.mark.parametrize(
     ("query", "fields"),
@@ -537,6 +542,7 @@ async def test_a_body_over_one_mebibyte_is_413(api: Api) -> None:
 async def test_a_body_that_cannot_be_unpacked_is_400(api: Api) -> None:
     answer = await api("POST", "/v1/events", b"plain", headers={"Content-Encoding": "gzip"})
     check_problem(answer, 400, "incomplete_body")
+    assert answer.headers["Connection"] == "close"
 
 
 async def test_a_body_that_does_not_arrive_is_408(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

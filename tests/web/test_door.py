@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -193,6 +194,16 @@ async def test_a_misspelt_header_leaves_its_key_in_no_answer_and_no_log(
     for text in (heard, repr(lines).encode(), caplog.text.encode()):
         assert key[-12:] not in text
     assert [(line["event"], line["log_level"]) for line in lines] == [("request.malformed", "debug")]
+
+
+@pytest.mark.parametrize("who", [b"nobody", b"somebody"])
+async def test_a_body_nobody_can_read_ends_its_connection_and_fills_no_log(
+    caller: Caller, key: bytes, who: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = POST % (key if who == b"somebody" else b"tp_live_x")
+    body = b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\nab"
+    assert len(await caller.statuses(head + body + HIDDEN)) == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_no_path_forges_a_line_of_the_log(caller: Caller, key: bytes) -> None:

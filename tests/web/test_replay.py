@@ -213,6 +213,31 @@ async def test_a_count_that_did_not_see_everything_says_so(desk: Desk) -> None:
     assert found == replays.ReplayPreview(2, 2, False)
 
 
+async def test_a_step_passes_a_bounded_number_of_events_from_before_its_time(desk: Desk) -> None:
+    for _ in range(7):
+        await desk.emit("email.sent")
+    since = await desk.app.fetchval("SELECT clock_timestamp()")
+    for _ in range(3):
+        await desk.emit("email.sent")
+    webhook = await desk.webhook()
+    endpoint = await desk.key(webhook)
+    choice = replays.Choice(selection=replays.Selection.MISSED, since=since, until=datetime.now(UTC))
+    short = ReplayStore(desk.app, pass_events=2, count_pass_events=8)
+    assert await short.preview(endpoint, choice) == replays.ReplayPreview(1, 1, False)
+    assert await ReplayStore(desk.app).preview(endpoint, choice) == replays.ReplayPreview(3, 3, True)
+    job = await short.create(endpoint, choice)
+    assert job is not None
+    came = []
+    while await short.step(job.id):
+        halfway = await short.get(endpoint, job.id)
+        assert halfway is not None
+        came.append((halfway.looked, halfway.queued))
+    done = await short.get(endpoint, job.id)
+    assert done is not None
+    assert came == [(0, 0), (0, 0), (0, 0), (1, 1), (3, 3)]
+    assert (done.status, done.looked, done.queued) == (replays.ReplayStatus.DONE, 3, 3)
+
+
 async def test_what_makes_no_sense_is_refused(desk: Desk) -> None:
     webhook = await desk.webhook()
     wrong: list[tuple[dict[str, Any], list[str]]] = [
@@ -306,6 +331,7 @@ async def test_replays_are_listed_and_are_nobody_elses(desk: Desk) -> None:
     assert ([each["id"] for each in rest["data"]], rest["has_more"]) == (jobs[:1], False)
     newer = await desk.ask("GET", f"/webhooks/{webhook}/replays", params={"before": jobs[0], "limit": 1})
     assert [each["id"] for each in newer["data"]] == [jobs[1]]
+    await desk.ask("GET", f"/webhooks/{webhook}/replays", params={"after": webhook}, status=422)
     for method in ("GET", "DELETE"):
         await desk.ask(method, f"/webhooks/{other}/replays/{jobs[0]}", status=404)
     await desk.ask("DELETE", f"/webhooks/{webhook}/replays/{jobs[0]}", status=404, key=desk.api.keys["rival"])

@@ -40,20 +40,25 @@ FROM dispatcher.endpoint e JOIN dispatcher.account a ON a.id = e.account_id WHER
 -- name: look
 -- Events of account $1 behind id $2, written from $3 to before $4, and what is known of each at webhook $6: `best` is 3 where it
 -- was delivered, 2 where it was given up, 1 where it failed. Scalar subqueries: one probe per event that is asked for.
-SELECT o.id, o.seq, o.xid, o.written_at, o.is_wanted,
+-- The index knows of ids only, so the way to the first event of a late window leads past all others of its days, which begin at
+-- $11 and end at $12. At most $10 are passed at a time: the one at that `place` stands there whatever it is, to go on from.
+SELECT o.id, o.seq, o.xid, o.written_at, o.place, o.is_within, o.is_wanted,
        (SELECT max(CASE a.state WHEN 'delivered' THEN 3 WHEN 'retrying' THEN 1 ELSE 2 END) FROM dispatcher.attempt a
         WHERE o.is_wanted AND a.event_seq = o.seq AND a.endpoint_id = $6 AND a.at >= o.written_at - interval '1 day') AS best,
        (SELECT true FROM dispatcher.pending p WHERE o.is_wanted AND p.endpoint_id = $6 AND p.event_seq = o.seq LIMIT 1) AS waits,
        (SELECT true FROM dispatcher.discarded_event x WHERE o.is_wanted AND x.event_seq = o.seq) AS is_refused,
        pg_visible_in_snapshot(o.xid, $9) AS is_older
-FROM (SELECT id, seq, xid, written_at,
-             EXISTS (SELECT FROM unnest($7::text[]) AS f (filter)
+FROM (SELECT id, seq, xid, written_at, place, is_within,
+             is_within AND EXISTS (SELECT FROM unnest($7::text[]) AS f (filter)
                      WHERE filter IN ('*', type) OR right(filter, 2) = '.*' AND starts_with(type, left(filter, -1)))
              AND ($8::text[] IS NULL OR EXISTS (
                  SELECT FROM unnest($8) AS f (filter)
                  WHERE filter IN ('*', type) OR right(filter, 2) = '.*' AND starts_with(type, left(filter, -1)))) AS is_wanted
-      FROM dispatcher.outbox WHERE account = $1 AND id > $2 COLLATE "C" AND written_at >= $3 AND written_at < $4
-      ORDER BY id LIMIT $5) o
+      FROM (SELECT passed.*, row_number() OVER (ORDER BY id) AS place, written_at >= $3 AND written_at < $4 AS is_within
+            FROM (SELECT id, seq, xid, written_at, type FROM dispatcher.outbox
+                  WHERE account = $1 AND id > $2 COLLATE "C" AND written_at >= $11 AND written_at < $12
+                  ORDER BY id LIMIT $10::integer) AS passed) AS numbered
+      WHERE is_within OR place = $10::integer ORDER BY id LIMIT $5::integer) o
 ORDER BY o.id;
 
 -- name: queue
