@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 # No deadline: how long an example takes says more about the machine than about the code. CI draws the same examples
 # each time, so that it judges the change and not the draw; by hand they are new each time, and a failure prints how to
-# draw them again. HYPOTHESIS_PROFILE=long is for a night.
+# draw them again. HYPOTHESIS_PROFILE=long is for a night, with --timeout=0 -o faulthandler_timeout=0.
 for profile, examples in (("quick", 25), ("default", 100), ("ci", 200), ("long", 20_000)):
     hypothesis.settings.register_profile(
         profile, max_examples=examples, deadline=None, derandomize=profile == "ci", print_blob=True

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from arena import TIMEOUT_S, Stage, read_request, say_nothing
+from arena import PATIENCE_S, TIMEOUT_S, Stage, read_request, say_nothing
 from responses import LIES, OK, Lie
 
 from dispatcher.core.backoff import RETRY_AFTER_S_MAX
@@ -40,7 +40,8 @@ async def tell(lie: Lie, reader: Reader, writer: Writer) -> None:
 
 @pytest.mark.parametrize("lie", LIES, ids=str)
 async def test_a_liar_gets_an_attempt_with_the_right_result(stage: Stage, lie: Lie) -> None:
-    entry = await stage.only(await stage.against(functools.partial(tell, lie)))
+    timeout_s = 1.0 if lie.result is Result.TIMEOUT else PATIENCE_S  # whoever is slow here, it is not the peer
+    entry = await stage.only(await stage.against(functools.partial(tell, lie), timeout_s=timeout_s))
     assert entry.result is lie.result, entry
     assert lie.status in {None, entry.status}
     assert (entry.error == "") == (lie.result in COMPLETE)
@@ -127,7 +128,7 @@ async def test_an_answer_to_no_question_is_no_success_of_a_later_one(stage: Stag
         await say_nothing(reader, writer)
 
     host = await stage.host(answer_at_once)
-    entries = await stage.deliver(stage.webhook(host.port, ordered=True), events=4)
+    entries = await stage.deliver(stage.webhook(host.port, ordered=True, timeout_s=PATIENCE_S), events=4)
     assert {entry.result for entry in entries} <= {Result.OK, Result.CONNECT}
     assert host.connections == 4
 

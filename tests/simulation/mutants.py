@@ -101,7 +101,7 @@ def _slow_refill(plan: Plan) -> None:
 
 def _few(plan: Plan) -> None:
     _calm(plan)
-    plan.transactions, plan.burst, plan.length_s = 3, 120, 30.0
+    plan.faults, plan.transactions, plan.burst, plan.length_s = 0, 3, 120, 30.0
 
 
 def _calm(plan: Plan) -> None:
