@@ -210,7 +210,7 @@ async def test_the_worst_webhooks_come_with_their_accounts(house: House, operato
     worst = [TroubledEndpoint(id=id_, error="<b>503", **trouble) for id_ in (webhook["id"], "wh_gone")]
     await beat(house, "a", "active", worst=worst)
     await enter(operator)
-    assert "slow.example/hook rival dead 1 of 2 7+ <b>503" in (await operator.get("/operator")).words
+    assert "slow.example/hook rival: <b>503 rival dead 1 of 2 7+ <b>503" in (await operator.get("/operator")).words
 
 
 async def test_it_shows_the_database_its_days_and_the_settings(house: House, operator: Browser):
