@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import uvloop
 
-SLOW_S = 0.03
+SLOW_S = 0.1
 TURNS = 10
 
 
