@@ -83,11 +83,8 @@ class OutboxPages:
         running = [xid for xid in cursor.prev[2] if xid >= cursor.at_xid]
         if self._barrier and cursor.cur is None and cursor.prev[0] > self._barrier:
             self._barrier = 0
-        if self._barrier == 0:
-            since_running = min((self._seen_since.get(xid, BEGINNING) for xid in running), default=BEGINNING)
-            since = max(cursor.prev_at - CLOCK_SLACK, self._floor)
-        else:
-            since_running, since = BEGINNING, self._floor
+        since_running = min((self._seen_since.get(xid, BEGINNING) for xid in running), default=BEGINNING)
+        since = self._floor if self._barrier != 0 else max(cursor.prev_at - CLOCK_SLACK, self._floor)
         bounds = (running, xmax, cursor.at_xid, cursor.at_seq, since_running, since, limit)
         if cursor.cur is None:
             if running:
@@ -95,9 +92,10 @@ class OutboxPages:
             else:
                 header, *rows = await self._first_quiet.fetch(xmax, cursor.at_xid, cursor.at_seq, since, limit)
             cur, cur_at, registry = header[0], header[1], header[2]
-            self._remember(cur, cursor)
             if self._barrier is None or cur_at - cursor.prev_at > LEAP:
+                since = self._floor
                 self._barrier = await self._connection.fetchval(statements("shard")["own_xid"])
+            self._remember(cur, cursor, since)
         else:
             rows = await self._next.fetch(*bounds, cursor.cur)
             cur, cur_at, registry = cursor.cur, cursor.cur_at or cursor.prev_at, None
@@ -115,8 +113,8 @@ class OutboxPages:
         self._foreign.update(row[3] for row in rows if row[10] < self._floor)
         return rows
 
-    def _remember(self, cur: Snapshot, cursor: Cursor) -> None:
-        """A transaction first seen running in `cur` began after `prev`, unless it ran in `prev` too.
+    def _remember(self, cur: Snapshot, cursor: Cursor, since: datetime) -> None:
+        """A transaction first seen running in `cur` wrote nothing before `since`, unless it is older than `prev`.
 
         After a restore it began after that: rows from before the floor that bear its id are not its.
         """
@@ -124,8 +122,7 @@ class OutboxPages:
             if self._seen_since:
                 self._seen_since = {}
             return
-        before, since = self._seen_since, max(cursor.prev_at - CLOCK_SLACK, self._floor)
-        old = cursor.prev[2]
+        before, old = self._seen_since, cursor.prev[2]
         self._seen_since = {
             xid: before.get(xid, BEGINNING) if xid in before or xid in old or xid < cursor.prev[1] else since
             for xid in cur[2]

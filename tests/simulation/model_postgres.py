@@ -879,16 +879,26 @@ def _begin_step(server: ModelPostgres, backend: Backend, job_id: str, most: int)
 
 @_reads("replay", "look")
 def _look(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
-    account, after_id, since, until, limit, endpoint, filters, types, born = bounds
+    account, after_id, since, until, limit, endpoint, filters, types, born, passed, first_day, end_day = bounds
+    behind = sorted(
+        (
+            event
+            for _, _, event in server.events
+            if event.account == account and event.id > after_id and first_day <= event.written_at < end_day
+        ),
+        key=lambda event: event.id,
+    )
     rows = []
-    for event in sorted((event for _, _, event in server.events), key=lambda event: event.id):
-        if event.account != account or event.id <= after_id or not since <= event.written_at < until:
+    for place, event in enumerate(behind[:passed], 1):
+        is_within = since <= event.written_at < until
+        if not is_within and place != passed:
             continue
         ends = [row[6] for row in server.attempts if row[1] == event.seq and row[3] == endpoint]
         rows.append(
             Record(
                 id=event.id, seq=event.seq, xid=event.xid, written_at=event.written_at,
-                is_wanted=_wants(filters, event.type) and (types is None or _wants(types, event.type)),
+                place=place, is_within=is_within,
+                is_wanted=is_within and _wants(filters, event.type) and (types is None or _wants(types, event.type)),
                 best=max(({"delivered": 3, "retrying": 1}.get(end, 2) for end in ends), default=None),
                 waits=any(key[:2] == (endpoint, event.seq) for key in server.pending) or None,
                 is_refused=event.seq in server.discarded_events or None,

@@ -223,8 +223,8 @@ MUTANTS = [
     Mutant(
         "a transaction that was open while the clock leapt is looked for on the days after",
         OutboxPages, "read",
-        "if self._barrier == 0:",
-        "if True:",
+        "since = self._floor if self._barrier != 0 else max",
+        "since = max",
         _asleep,
     ),
     Mutant(
