@@ -29,6 +29,7 @@ COMMAND_TIMEOUT_S: Final = 30.0
 """A statement that takes longer than this has lost its server: every one of ours is bounded to milliseconds."""
 
 CONNECT_TIMEOUT_S: Final = 10.0
+RELEASE_S: Final = 2.0
 
 # Statements prepared while a table was empty keep a sequential scan or hash join and run 3-9 x slower once it is not.
 # The engine's statements are all written for index paths, so it leaves the planner no other.
@@ -120,13 +121,28 @@ async def close(connection: Any, timeout_s: float) -> None:
         connection.terminate()
 
 
+class _Pool(asyncpg.Pool):  # type: ignore[misc]  # asyncpg tells mypy nothing
+    """Ends a connection that cannot be handed back in time.
+
+    asyncpg's own waits for as long as the cancelled statement of a server that hangs, and whoever cancelled it with it.
+    """
+
+    async def release(self, connection: Any, *, timeout: float | None = None) -> None:
+        await super().release(connection, timeout=RELEASE_S if timeout is None else timeout)
+
+
 async def open_pool(dsn: str, *, size: int, name: str = "dispatcher web") -> Any:
     """A pool for the outside. Raises DatabaseUnreachable when not even one connection can be made."""
     try:
-        return await asyncpg.create_pool(
+        return await _Pool(
             dsn,
             min_size=0,
             max_size=size,
+            max_queries=50_000,  # this one and the next as in asyncpg.create_pool
+            max_inactive_connection_lifetime=300.0,
+            loop=None,
+            connection_class=asyncpg.Connection,
+            record_class=asyncpg.Record,
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=COMMAND_TIMEOUT_S,
             server_settings={**_SETTINGS, "application_name": name},

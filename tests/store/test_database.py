@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +14,8 @@ import asyncpg
 import pytest
 
 from dispatcher.errors import DatabaseUnreachable
-from dispatcher.store.database import connect, place, statements
+from dispatcher.store import database as module
+from dispatcher.store.database import connect, open_pool, place, statements
 
 
 @pytest.fixture
@@ -30,6 +33,24 @@ async def test_unreachable_database_is_named_without_the_password() -> None:
         await connect("postgresql://me:secret@127.0.0.1:1/shop", name="test")
     assert "127.0.0.1:1/shop" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+async def test_a_server_process_that_hangs_keeps_nobody_for_long(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RELEASE_S", 0.1)
+    pool = await open_pool(database, size=1)
+    pid = await pool.fetchval("SELECT pg_backend_pid()")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(20):  # asyncpg alone waits for the 30 s of the statement
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await pool.fetchval("SELECT 1")
+            assert await pool.fetchval("SELECT pg_backend_pid()") != pid
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        await pool.close()
 
 
 @pytest.mark.parametrize(
