@@ -320,6 +320,10 @@ class Deliverer:
 
     def apply(self, endpoints: Callable[[EndpointId], Endpoint | None]) -> None:
         """Take a changed registry over: new settings now, and what is paused, disabled or gone stops at once."""
+        for endpoint_id in self._ledger.learnt_of():  # also of webhooks that were swept, which nobody sees resumed
+            known = endpoints(EndpointId(endpoint_id))
+            if known is None or known.status is not EndpointStatus.ACTIVE:
+                self._ledger.forgive(endpoint_id)
         for subscriber in list(self.subscribers.values()):
             endpoint = endpoints(subscriber.endpoint.id)
             if endpoint is None:
@@ -343,7 +347,6 @@ class Deliverer:
 
     def _disable(self, subscriber: Subscriber) -> None:
         """Discard what waits. The subscriber stays: enabled again, it still has requests out and its head."""
-        self._ledger.forgive(subscriber.endpoint.id)
         self.lanes.pause(subscriber.lane)
         for delivery in self.lanes.release(subscriber.lane):
             self.discard(delivery, "the webhook is disabled")
@@ -351,7 +354,6 @@ class Deliverer:
 
     def _dismiss(self, subscriber: Subscriber) -> None:
         del self.subscribers[subscriber.endpoint.id]
-        self._ledger.forgive(subscriber.endpoint.id)
         for delivery in self.lanes.forget(subscriber.lane):
             self.discard(delivery, "the webhook was deleted")
         if subscriber.origin is not None:

@@ -215,6 +215,10 @@ class Ledger:
         self._health.pop(endpoint_id, None)
         self._open.health.pop(endpoint_id, None)
 
+    def learnt_of(self) -> list[int]:
+        """The webhooks whose health is remembered."""
+        return list(self._health)
+
     def load_health(self, health: dict[int, EndpointHealth]) -> None:
         """Start from what is in the database."""
         self._health = health

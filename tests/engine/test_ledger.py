@@ -13,6 +13,7 @@ from house import House, until
 
 from dispatcher.engine.ledger import DELAY_S, ERROR_CHARS_MAX
 from dispatcher.errors import Fenced
+from dispatcher.model import EndpointStatus
 from dispatcher.store.shard import Batch, ShardStore
 
 
@@ -178,3 +179,29 @@ async def test_only_a_change_of_a_webhooks_health_is_written() -> None:
     desk.ledger.forgive(1)
     await come_to(500)
     assert len(written) == 4, "a webhook that was resumed begins anew"
+
+
+async def test_webhook_paused_while_nobody_remembers_it_begins_anew_when_it_is_resumed() -> None:
+    desk = Desk(endpoint(1, schedule_s=()))
+    written: list[Any] = []
+
+    async def learn(_disabled: Any, health: Any) -> None:
+        written.extend(health)
+
+    store = SimpleNamespace(learn=learn)
+
+    async def fail() -> None:
+        desk.emit()
+        desk.answer(list(desk.out)[-1], 500)
+        await desk.ledger.flush(desk.shelf, store, 1)  # type: ignore[arg-type]
+
+    await fail()
+    for _ in range(3):
+        desk.clock.advance(30.0)
+        desk.deliverer.sweep()
+    assert 1 not in desk.deliverer.subscribers
+    desk.set(1, status=EndpointStatus.PAUSED)
+    desk.set(1, status=EndpointStatus.ACTIVE)
+    await fail()
+    first, second = written
+    assert second.failing_since > first.failing_since
