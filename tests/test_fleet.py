@@ -159,8 +159,9 @@ async def until_shared(connection: Any, *programs: Program) -> None:
             while True:
                 found = await held(connection)
                 shares = [len(each) for each in found.values()]
-                if found.keys() == pids and sum(shares) == SHARDS and max(shares) - min(shares) <= 1:
-                    assert sorted(shard for each in found.values() for shard in each) == [1, 2, 3, 4]
+                shards_held = sorted(shard for each in found.values() for shard in each)
+                # What a daemon says may be a second old: a shard can seem to be with two while it moves.
+                if found.keys() == pids and shards_held == [1, 2, 3, 4] and max(shares) - min(shares) <= 1:
                     return
                 await asyncio.sleep(0.05)
     except TimeoutError:

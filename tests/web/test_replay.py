@@ -214,11 +214,14 @@ async def test_a_count_that_did_not_see_everything_says_so(desk: Desk) -> None:
 
 
 async def test_a_step_passes_a_bounded_number_of_events_from_before_its_time(desk: Desk) -> None:
-    for _ in range(7):
-        await desk.emit("email.sent")
+    async def emit(count: int) -> None:
+        for _ in range(count):
+            await desk.emit("email.sent")
+            await desk.app.execute("SELECT pg_sleep(0.002)")  # ids are in order of their milliseconds
+
+    await emit(7)
     since = await desk.app.fetchval("SELECT clock_timestamp()")
-    for _ in range(3):
-        await desk.emit("email.sent")
+    await emit(3)
     webhook = await desk.webhook()
     endpoint = await desk.key(webhook)
     choice = replays.Choice(selection=replays.Selection.MISSED, since=since, until=datetime.now(UTC))
