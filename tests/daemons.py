@@ -123,8 +123,12 @@ async def subscribe(dsn: str, program: Program, webhooks: dict[str, dict[str, An
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session:
         for url, more in webhooks.items():
             body = {"url": url, "events": ["*"], **more}
-            async with session.post(f"http://{program.api}/v1/webhooks", json=body) as answer:
-                assert answer.status == 201, await answer.text()
+            while True:
+                async with session.post(f"http://{program.api}/v1/webhooks", json=body) as answer:
+                    if answer.status != 429:
+                        assert answer.status == 201, await answer.text()
+                        break
+                await asyncio.sleep(float(answer.headers["Retry-After"]))
 
 
 def make_key(dsn: str) -> str:
