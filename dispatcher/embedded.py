@@ -508,6 +508,8 @@ class EmbeddedPostgres:
             recorded, status = self._recorded()
             if status == "ready":
                 self._pid = pid if sys.platform == "linux" else recorded
+                if self._child is not None and self._child.poll() is not None:
+                    self._child = None  # ours has died, and another user has launched this one
                 return True
             if time.monotonic() > deadline:
                 raise EmbeddedError(

@@ -118,6 +118,10 @@ async def test_the_embedded_postgresqls_disk_is_full_and_has_room_again(
         siege.tell(await siege.proof.holds())
         daemon.signal(signal.SIGTERM)
         assert await daemon.ended() == 0
+        await asyncio.to_thread(server.start)  # attach to the one that the daemon launched
+        launched_anew = server.pid
+    assert launched_anew
+    assert not Path(f"/proc/{launched_anew}").exists(), "the last user stops the server, whoever launched it"
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
