@@ -14,6 +14,7 @@ from daemons import connected, until
 from servers import Server
 from siege import Siege
 
+from dispatcher import embedded
 from dispatcher.embedded import EmbeddedPostgres
 from dispatcher.store.database import TROUBLE
 
@@ -121,7 +122,7 @@ async def test_the_embedded_postgresqls_disk_is_full_and_has_room_again(
         await asyncio.to_thread(server.start)  # attach to the one that the daemon launched
         launched_anew = server.pid
     assert launched_anew
-    assert not Path(f"/proc/{launched_anew}").exists(), "the last user stops the server, whoever launched it"
+    assert not embedded._alive(launched_anew), "the last user stops the server, whoever launched it"
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
