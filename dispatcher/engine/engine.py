@@ -1,6 +1,7 @@
 """The engine of one shard: everything that moves, put together, started, taken over, reconnected and drained.
 
-**Sessions.** A session is a lease and its connections: listener (lease, NOTIFY), reader, writer, retries, upkeep.
+**Sessions.** A session is a lease and its connections: that of the lease, reader (which hears NOTIFY), writer,
+retries, upkeep.
 Whatever breaks one of them ends the session and nothing else: lanes, requests in flight and the ledger live on
 outside it. The next session finds its epoch unchanged and resumes: it settles the batch in doubt, writes pending rows
 for what is in flight, forgets what is merely queued, and reads again from the persisted cursor. (Reading on from
@@ -30,8 +31,9 @@ from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.lanes import Lanes
 from dispatcher.core.routing import Registry
 from dispatcher.core.shards import shard_numbers, shard_of
+from dispatcher.engine.channels import FLEET, PENDING, hear
 from dispatcher.engine.deliverer import Deliverer, Delivery
-from dispatcher.engine.leases import Listener
+from dispatcher.engine.leases import Lease
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.outbox import PAGE_ROWS, SAFETY_S, OutboxReader
 from dispatcher.engine.replays import Replays
@@ -118,6 +120,7 @@ class Engine:
         self.page_rows = PAGE_ROWS
         self.safety_s = SAFETY_S
         self.losses = 0  # sessions that ended in trouble with the database
+        self.on_fleet: Callable[[], None] = lambda: None  # called while active, when something about the fleet changed
         self.settled = False  # active, or standing by for another daemon, at least once
         self._loop = loop
         self._wall = wall
@@ -267,23 +270,28 @@ class Engine:
 
     async def _session(self) -> None:
         settings = self.settings
-        listener = Listener(settings.listen_dsn, self.shard, self._member, self.telemetry, self._dice)
+        lease = Lease(settings.listen_dsn, self.shard, self._member, self.telemetry, self._dice)
         connections: list[Any] = []
         try:
-            await listener.open()
-            await check_schema(listener.connection)
+            await lease.open()
+            await check_schema(lease.connection)
             self.database = True
-            await listener.acquire(self._stand_by)
+            await lease.acquire(self._stand_by)
             commit = {"synchronous_commit": "on" if settings.synchronous_commit else "off"}
-            for name, extra in (("reader", {}), ("writer", commit), ("retries", {}), ("upkeep", {})):
-                connections.append(await connect(settings.dsn, name=f"dispatcher {name}", engine=True, settings=extra))
-            await self._work(listener, *connections)
+            for name, dsn, extra in (
+                ("reader", settings.listen_dsn, {}),
+                ("writer", settings.dsn, commit),
+                ("retries", settings.dsn, {}),
+                ("upkeep", settings.dsn, {}),
+            ):
+                connections.append(await connect(dsn, name=f"dispatcher {name}", engine=True, settings=extra))
+            await self._work(lease, *connections)
         finally:
             self.deliverer.running = False
             self.ledger.cursor = lambda: None
             for connection in connections:
                 connection.terminate()
-            await listener.close()
+            await lease.close()
 
     def _stand_by(self) -> None:
         self.role = "standby"
@@ -291,7 +299,7 @@ class Engine:
         self.settled = True
         log.info("standby", shard=self.shard, waits_for="the lease of another daemon on this database")
 
-    async def _work(self, listener: Listener, reading: Any, writing: Any, retrying: Any, upkeep: Any) -> None:
+    async def _work(self, lease: Lease, reading: Any, writing: Any, retrying: Any, upkeep: Any) -> None:
         shard = ShardStore(writing, self.shard)
         endpoints = EndpointStore(writing, self._vault)
         registry_lock = asyncio.Lock()
@@ -338,16 +346,23 @@ class Engine:
             else:
                 replays.told()
 
+        def heard(channel: str, payload: str) -> None:
+            if channel == PENDING:
+                told(payload)
+            elif channel == FLEET:
+                self.on_fleet()
+            else:
+                reader.hear(channel)
+
         state = await self._take_over(shard, endpoints, reader)
-        listener.on_pending = told  # before looking for what is held: nothing falls in between
+        await hear(reading, heard)  # before looking for what is held: nothing falls in between
         await retries.start()
         self.ledger.cursor = reader.cursor
         self._reader, self._retries = reader, retries
         lost = asyncio.Event()
-        for connection in (listener.connection, reading, writing, retrying, upkeep):
+        for connection in (lease.connection, reading, writing, retrying, upkeep):
             connection.add_termination_listener(lambda _: lost.set())
-        listener.on_wake = reader.hear
-        listener.on_valid = self.deliverer.send_until
+        lease.on_valid = self.deliverer.send_until
         self.role = "active"
         self._is_elsewhere = False
         self.settled = True
@@ -360,7 +375,7 @@ class Engine:
                 group.create_task(reader.run(state.cursor, state.floor), name="outbox reader"),
                 group.create_task(retries.run(), name="retries"),
                 group.create_task(retries.run_backlogs(), name="backlogs"),
-                group.create_task(listener.run(), name="listener"),
+                group.create_task(lease.run(), name="lease"),
                 group.create_task(self._upkeep(upkeep, registry_lock, reader), name="upkeep"),
                 group.create_task(_raise_when(lost), name="connections"),
             ]

@@ -30,8 +30,9 @@ from dispatcher.core.addresses import Guard
 from dispatcher.core.backoff import reconnect_delay_s
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.shards import Moves, moves
+from dispatcher.engine.channels import FLEET
 from dispatcher.engine.engine import Engine, EngineSettings
-from dispatcher.engine.leases import CLOSE_S, FLEET, HEARTBEAT_S, Instance, until_rung
+from dispatcher.engine.leases import CLOSE_S, HEARTBEAT_S, Instance, until_rung
 from dispatcher.engine.spans import Spans
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import DatabaseUnreachable
@@ -158,7 +159,6 @@ class Fleet:
         try:
             await check_schema(connection)
             await ShardStore(connection, 0).system()  # raises on a read-only server
-            await connection.add_listener(FLEET, lambda *_: self._bell.set())
             fleet = FleetStore(connection)
             if not self._stopping:
                 await fleet.join(self._member)
@@ -172,8 +172,11 @@ class Fleet:
             await close(connection, CLOSE_S)
 
     async def _take_part(self, connection: Any, fleet: FleetStore) -> None:
-        is_member, beat_at = True, 0.0
+        is_member, is_listening, beat_at = True, False, 0.0
         while self._tasks or not self._stopping:
+            if is_listening is self._is_told:
+                is_listening = not is_listening
+                await (connection.add_listener if is_listening else connection.remove_listener)(FLEET, self._hear)
             if not self._stopping:
                 await self._look(fleet)
             elif is_member:
@@ -186,6 +189,14 @@ class Fleet:
                 self._others = await self._instance.others(connection) if self._is_one_of_several else []
             await until_rung(self._bell, LOOK_S)
             self._bury_ended()
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether an engine of ours hears what happens in the fleet, and tells us."""
+        return any(engine.role == "active" for engine in self.engines.values())
+
+    def _hear(self, *_: object) -> None:
+        self._bell.set()
 
     async def _look(self, fleet: FleetStore) -> None:
         """See who is there and who holds what, and move towards our share."""
@@ -232,8 +243,9 @@ class Fleet:
             wall=self._wall,
             dice=self._dice,
         )
+        engine.on_fleet = self._hear
         task = asyncio.create_task(engine.run(), name=f"engine of shard {shard}")
-        task.add_done_callback(lambda _: self._bell.set())
+        task.add_done_callback(self._hear)
         self.engines[shard], self._tasks[shard] = engine, task
         self._share_limits()
 

@@ -1,6 +1,6 @@
 """Who runs a shard: a lease that ends with its session, and others that take over.
 
-The lease is a session advisory lock on the listener's connection, which also hears NOTIFY and speaks each second.
+The lease is a session advisory lock on a connection of its own, which speaks each second.
 PostgreSQL drops the lock with the session, so a killed daemon is followed within one try of another one. Waiting
 inside `pg_advisory_lock()` would hold a snapshot and pin vacuum for the whole database, so who waits tries, every 0.5
 to 1 s, and when told that a lease was given back.
@@ -24,15 +24,12 @@ import msgspec
 import structlog
 
 from dispatcher import __version__
+from dispatcher.engine.channels import FLEET
 from dispatcher.store.database import close, connect, statements
 from dispatcher.store.fleet import SILENT, FleetStore
 from dispatcher.store.shard import ShardStore
 from dispatcher.telemetry import Snapshot, Telemetry
 
-WAKE: Final = "dispatcher_wake"
-REGISTRY: Final = "dispatcher_registry"
-PENDING: Final = "dispatcher_pending"  # somebody else wrote held rows for a webhook, or began a replay
-FLEET: Final = "dispatcher_fleet"  # a daemon came or went, or gave a lease back
 TRY_S: Final = (0.5, 1.0)
 HEARTBEAT_S: Final = 1.0
 CLOSE_S: Final = 2.0
@@ -88,8 +85,8 @@ async def until_rung(bell: asyncio.Event, timeout_s: float) -> None:
     bell.clear()
 
 
-class Listener:
-    """The connection that holds a shard's lease and hears notifications."""
+class Lease:
+    """The connection that holds a shard's lease. While it waits for that, it hears when one comes free."""
 
     def __init__(self, dsn: str, shard: int, member: int, telemetry: Telemetry, dice: random.Random) -> None:
         self._dsn = dsn
@@ -101,29 +98,24 @@ class Listener:
         self._freed = asyncio.Event()
         self._valid_until = 0.0
         self.connection: Any = None
-        self.on_wake: Callable[[str], None] = lambda channel: None
-        self.on_pending: Callable[[str], None] = lambda payload: None
         self.on_valid: Callable[[float], None] = lambda until: None  # the lease is ours until then, loop time
 
     async def open(self) -> None:
-        """Connect and listen. Raises DatabaseUnreachable."""
+        """Connect. Raises DatabaseUnreachable."""
+        # Daemons of the first release find by this name whom to evict.
         self.connection = await connect(self._dsn, name="dispatcher listener", engine=True)
-        for channel in (WAKE, REGISTRY, PENDING, FLEET):
-            await self.connection.add_listener(channel, self._heard)
 
-    def _heard(self, _connection: object, _pid: int, channel: str, payload: str) -> None:
-        if channel == PENDING:
-            self.on_pending(payload)
-        elif channel == FLEET:
-            self._freed.set()
-        else:
-            self.on_wake(channel)
+    def _hear(self, *_: object) -> None:
+        self._freed.set()
 
     async def acquire(self, standby: Callable[[], None]) -> None:
         """Return once the lease is ours. `standby` is told once, if that takes longer."""
         shard, fleet = ShardStore(self.connection, self._shard), FleetStore(self.connection)
         await shard.system()  # raises on a read-only server: no lease is worth having there
         await fleet.sign(self._member)
+        if await self._try(shard):
+            return
+        await self.connection.add_listener(FLEET, self._hear)
         told = False
         while not await self._try(shard):
             if not told:
@@ -132,6 +124,7 @@ class Listener:
             if await fleet.evict(self._shard):
                 log.warning("lease.evicted", shard=self._shard, reason="its holder's process hangs")
             await until_rung(self._freed, self._dice.uniform(*TRY_S))
+        await self.connection.remove_listener(FLEET, self._hear)
 
     async def _try(self, shard: ShardStore) -> bool:
         asked_at = self._loop.time()

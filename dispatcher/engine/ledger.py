@@ -40,7 +40,7 @@ HELD_UNTIL: Final = datetime.max  # noqa: DTZ901
 """How asyncpg spells PostgreSQL's 'infinity'."""
 
 BATCH_ROWS_MAX: Final = 1000  # 2 µs a row in PostgreSQL: 2-3 ms, short beside the fsync it shares
-DELAY_S: Final = 0.020  # what a success may wait for company: at 200 rows/s four share a flush and its fsync
+DELAY_S: Final = 0.050  # what a row may wait for company: at 200 rows/s ten share a flush and its fsync
 CURSOR_DELAY_S: Final = 0.5  # a cursor that moved with nothing to write beside it
 ERROR_CHARS_MAX: Final = 500  # of an error's text: it may quote what a peer sent
 DURATION_US_MAX: Final = 2**31 - 1  # PostgreSQL's integer ends here

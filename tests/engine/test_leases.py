@@ -12,7 +12,8 @@ import pytest
 from house import until
 
 from dispatcher.engine import leases
-from dispatcher.engine.leases import REGISTRY, WAKE, Listener
+from dispatcher.engine.channels import REGISTRY, WAKE, hear
+from dispatcher.engine.leases import Lease
 from dispatcher.store import fleet
 from dispatcher.store.database import connect
 from dispatcher.telemetry import Telemetry
@@ -23,12 +24,12 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "TRY_S", (0.01, 0.02))
 
 
-def listener(dsn: str, name: str = "one") -> Listener:
-    return Listener(dsn, 0, {"one": 1, "two": 2}[name], Telemetry(), random.Random(1))
+def lease(dsn: str, name: str = "one") -> Lease:
+    return Lease(dsn, 0, {"one": 1, "two": 2}[name], Telemetry(), random.Random(1))
 
 
 async def test_second_daemon_waits_as_standby_and_follows_when_the_first_is_gone(database: str) -> None:
-    first, second = listener(database, "one"), listener(database, "two")
+    first, second = lease(database, "one"), lease(database, "two")
     told: list[str] = []
     await first.open()
     await first.acquire(lambda: told.append("one"))
@@ -43,7 +44,7 @@ async def test_second_daemon_waits_as_standby_and_follows_when_the_first_is_gone
 
 
 async def test_waiting_pins_no_snapshot(database: str) -> None:
-    first, second = listener(database, "one"), listener(database, "two")
+    first, second = lease(database, "one"), lease(database, "two")
     await first.open()
     await first.acquire(lambda: None)
     await second.open()
@@ -61,22 +62,36 @@ async def test_waiting_pins_no_snapshot(database: str) -> None:
         await each.close()
 
 
-async def test_listener_hears_both_channels_apart(database: str) -> None:
-    one = listener(database)
-    heard: list[str] = []
-    one.on_wake = heard.append
-    await one.open()
-    db = await connect(database, name="test")
-    for channel in (WAKE, REGISTRY):
-        await db.execute(f"NOTIFY {channel}")
+async def test_channels_are_heard_apart(database: str) -> None:
+    ear, db = await connect(database, name="ear"), await connect(database, name="test")
+    heard: list[tuple[str, str]] = []
+    await hear(ear, lambda channel, payload: heard.append((channel, payload)))
+    await db.execute(f"NOTIFY {WAKE}")
+    await db.execute(f"NOTIFY {REGISTRY}, 'x'")
     await until(lambda: len(heard) == 2)
-    assert heard == [WAKE, REGISTRY]
-    await one.close()
+    assert heard == [(WAKE, ""), (REGISTRY, "x")]
+    await ear.close()
     await db.close()
 
 
+async def test_who_has_the_lease_is_woken_by_nothing(database: str) -> None:
+    first, second = lease(database, "one"), lease(database, "two")
+    channels = "SELECT array(SELECT pg_listening_channels())"
+    await first.open()
+    await first.acquire(lambda: None)
+    assert await first.connection.fetchval(channels) == []
+    await second.open()
+    told = asyncio.Event()
+    waiting = asyncio.create_task(second.acquire(told.set))
+    await told.wait()
+    await first.close()
+    await asyncio.wait_for(waiting, 20)
+    assert await second.connection.fetchval(channels) == []
+    await second.close()
+
+
 async def test_beating_ends_with_the_connection(database: str) -> None:
-    one = listener(database)
+    one = lease(database)
     await one.open()
     await one.acquire(lambda: None)
     one.connection.terminate()
@@ -92,7 +107,7 @@ async def test_read_only_server_gives_no_lease(database: str, monkeypatch: pytes
         raise asyncpg.CannotConnectNowError("this server is a read-only standby")
 
     monkeypatch.setattr(ShardStore, "system", standby)
-    one = listener(database)
+    one = lease(database)
     await one.open()
     with pytest.raises(asyncpg.CannotConnectNowError):
         await one.acquire(lambda: None)
@@ -100,7 +115,7 @@ async def test_read_only_server_gives_no_lease(database: str, monkeypatch: pytes
 
 
 async def test_holder_that_hangs_is_evicted_by_who_waits(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = listener(database, "one"), listener(database, "two")
+    first, second = lease(database, "one"), lease(database, "two")
     await first.open()
     await first.acquire(lambda: None)  # and then not a word
     monkeypatch.setattr(fleet, "SILENT", timedelta(seconds=0.2))
@@ -114,7 +129,7 @@ async def test_holder_that_hangs_is_evicted_by_who_waits(database: str, monkeypa
 
 
 async def test_holder_that_speaks_is_not_evicted(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = listener(database, "one"), listener(database, "two")
+    first, second = lease(database, "one"), lease(database, "two")
     await first.open()
     await first.acquire(lambda: None)
     renewed = asyncio.Semaphore(0)
@@ -136,7 +151,7 @@ async def test_holder_that_speaks_is_not_evicted(database: str, monkeypatch: pyt
 
 
 async def test_lease_is_valid_from_when_it_was_asked_for(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = listener(database)
+    one = lease(database)
     await one.open()
     told: list[float] = []
     one.on_valid = told.append
@@ -154,7 +169,7 @@ async def test_lease_is_valid_from_when_it_was_asked_for(database: str, monkeypa
 
 async def test_lease_given_back_is_taken_at_once(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "TRY_S", (1000.0, 1000.0))
-    first, second = listener(database, "one"), listener(database, "two")
+    first, second = lease(database, "one"), lease(database, "two")
     await first.open()
     await first.acquire(lambda: None)
     await second.open()

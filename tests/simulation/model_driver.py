@@ -230,6 +230,13 @@ class ModelConnection:
         self._listeners.setdefault(channel, []).append(callback)
         self.backend.channels[channel] = None
 
+    async def remove_listener(self, channel: str, callback: Callable[..., None]) -> None:
+        self._listeners[channel].remove(callback)
+        if not self._listeners[channel]:
+            del self._listeners[channel]
+            await self._run("SET unlisten", ())
+            self.backend.channels.pop(channel, None)
+
     def _notify(self, channel: str, payload: str) -> None:
         if self.reaches:
             self.later(self.weather.back_s(), self._hear, channel, payload)

@@ -524,10 +524,13 @@ def _first_page(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[A
     return [header, *((None, None, None, *event.columns) for event, _ in zip(found, range(limit), strict=False))]
 
 
-@_reads("outbox", "first_page_quiet")
-def _first_page_quiet(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
-    xmax, at_xid, at_seq, since, limit = bounds
-    return _first_page(server, backend, (), xmax, at_xid, at_seq, since, since, limit)
+@_reads("outbox", "first_page_near")
+def _first_page_near(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
+    prev, oldest, at_xid, at_seq, since, limit = bounds
+    header = (server.snapshot(), server.clock(), server.registry_version, *(None,) * 9)
+    found = _difference(server, (), oldest, (at_xid, at_seq), (since, since))
+    unread = (event for event in found if not server.visible(event.xid, prev))
+    return [header, *((None, None, None, *event.columns) for event, _ in zip(unread, range(limit), strict=False))]
 
 
 @_reads("outbox", "next_page")

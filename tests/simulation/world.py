@@ -53,7 +53,7 @@ HEALING_S: Final = 1800.0  # a world that has healed for so long and is not sett
 VAULT: Final = Vault(b"k" * 32)
 IDS: Final = DeliveryIds(b"1" * 16)
 GUARD: Final = Guard(["127.0.0.0/8"], allow_http=True)
-SLOW: Final = ("refill", "pull", "fetch", "flush", "first_page", "first_page_quiet", "known", "registry", "take_over")
+SLOW: Final = ("refill", "pull", "fetch", "flush", "first_page", "first_page_near", "known", "registry", "take_over")
 TYPES: Final = ("a.one", "a.two", "b.one")
 _OUTSIDE: Final = contextvars.Context()
 
@@ -600,7 +600,7 @@ class World:
                 victim.break_off(notice=False, linger_s=11.0)
 
     def _lie_in_wait(self) -> None:
-        pages = ("first_page", "first_page_quiet")
+        pages = ("first_page", "first_page_near")
         others = ("pull", "fetch", "refill", "take_over", "learn", "registry")
         name = self.dice.choice(("flush", "flush", "flush", *pages, *others))
         self.weather.ambush = (name, self.dice.choice(("before", "during", "after")))

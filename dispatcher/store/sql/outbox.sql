@@ -30,14 +30,16 @@ UNION ALL
      WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND written_at >= $6
      ORDER BY xid, seq LIMIT $7)) AS page LIMIT $7);
 
--- name: first_page_quiet
--- The same when nothing was in progress in `prev`, as most of the time: half of the work. $1 to $5 are $2, $3, $4, $6, $7 there.
+-- name: first_page_near
+-- The same in one scan of the index, for when nothing was in progress in `prev` ($1) or hardly anything was read of what is younger
+-- than the oldest that was ($2): what is read already is left out one by one. $3 to $6 are $3, $4, $6, $7 there.
 /* _header */
 UNION ALL
 (SELECT NULL, NULL, NULL, /* _event */ FROM (
     SELECT * FROM dispatcher.outbox
-    WHERE (xid, seq) > ($2::xid8, $3::bigint) AND xid >= $1::xid8 AND written_at >= $4
-    ORDER BY xid, seq LIMIT $5) AS page);
+    WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND written_at >= $5
+      AND NOT pg_visible_in_snapshot(xid, $1::pg_snapshot)
+    ORDER BY xid, seq LIMIT $6) AS page);
 
 -- name: next_page
 -- A further page of a difference that did not fit into one: what is visible in its end, the snapshot $8.
