@@ -7,7 +7,7 @@ label grows with accounts or endpoints. The snapshots of several shards or proce
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +24,8 @@ SECONDS: Final = (
 LONG_SECONDS: Final = (*SECONDS, 300.0, 3600.0, 86400.0)
 """For latencies that grow with a backlog."""
 SIZES: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
+
+UNSORTED_MAX: Final = 1000  # values a histogram keeps before it looks where they belong: 8 KB
 
 OPERATIONS: Final = ("poll", "flush", "refill", "fetch", "pull", "registry", "heartbeat")
 
@@ -47,23 +49,39 @@ class HistogramData(msgspec.Struct, frozen=True):
 
 
 class Histogram:
-    """Fixed buckets, one bisection an observation."""
+    """Fixed buckets. A value costs an append; they are sorted into their buckets many at a time, or when asked for."""
 
-    __slots__ = ("bounds", "counts", "sum")
+    __slots__ = ("_counts", "_sum", "_values", "bounds")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+        self._values: list[float] = []  # observed and in no bucket yet, at most UNSORTED_MAX
 
     def observe(self, value: float) -> None:
         """Count one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+        values = self._values
+        values.append(value)
+        if len(values) >= UNSORTED_MAX:
+            self._sort()
+
+    def _sort(self) -> None:
+        values = self._values
+        values.sort()
+        below = 0
+        for bucket, bound in enumerate(self.bounds):
+            upto = bisect_right(values, bound, below)
+            self._counts[bucket] += upto - below
+            below = upto
+        self._counts[-1] += len(values) - below
+        self._sum += sum(values)
+        values.clear()
 
     def data(self) -> HistogramData:
         """A copy that does not change any more."""
-        return HistogramData(self.bounds, self.counts.copy(), self.sum)
+        self._sort()
+        return HistogramData(self.bounds, self._counts.copy(), self._sum)
 
 
 class TroubledEndpoint(msgspec.Struct, frozen=True):

@@ -5,7 +5,16 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from dispatcher.telemetry import HistogramData, Snapshot, TableSize, Telemetry, TroubledEndpoint, total
+from dispatcher.telemetry import (
+    UNSORTED_MAX,
+    Histogram,
+    HistogramData,
+    Snapshot,
+    TableSize,
+    Telemetry,
+    TroubledEndpoint,
+    total,
+)
 
 ONE = Snapshot(
     role="active", shards=[2], database=True, progress_age_s=0.5, at_unix_s=10.0, events=3, deliveries={"delivered": 5},
@@ -73,3 +82,15 @@ def test_tables_are_as_whoever_pruned_last_saw_them() -> None:
     late = Snapshot(retention_unix_s=2.0, tables=[TableSize("outbox", 2, 2, 2)])
     for both in (total([early, late, Snapshot()]), total([Snapshot(), late, early])):
         assert (both.tables, both.astray_rows, both.retention_unix_s) == (late.tables, {}, 2.0)
+
+
+def test_a_histogram_counts_each_value_once_in_the_bucket_that_ends_at_or_above_it() -> None:
+    histogram = Histogram((1.0, 2.0, 4.0))
+    values = [0.0, 1.0, 1.5, 2.0, 2.1, 4.0, 4.1, 9.0] * (UNSORTED_MAX // 3)
+    for value in values:
+        histogram.observe(value)
+    data = histogram.data()
+    assert data.counts == [2 * (UNSORTED_MAX // 3)] * 4
+    assert data.sum == pytest.approx(sum(values))
+    histogram.observe(1.0)
+    assert histogram.data().counts[0] == data.counts[0] + 1

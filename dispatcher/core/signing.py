@@ -57,19 +57,19 @@ class Verdict(Enum):
 class _Hmac:
     """HMAC-SHA256 with the key already hashed in, for any number of messages."""
 
-    __slots__ = ("_inner", "_outer")
+    __slots__ = ("inner", "outer")
 
     def __init__(self, key: bytes) -> None:
         if len(key) > _BLOCK_BYTES:
             key = hashlib.sha256(key).digest()
         block = key.ljust(_BLOCK_BYTES, b"\0")
-        self._inner = hashlib.sha256(block.translate(_INNER_PAD)).copy
-        self._outer = hashlib.sha256(block.translate(_OUTER_PAD)).copy
+        self.inner = hashlib.sha256(block.translate(_INNER_PAD)).copy
+        self.outer = hashlib.sha256(block.translate(_OUTER_PAD)).copy
 
     def digest(self, message: bytes) -> bytes:
-        inner = self._inner()
+        inner = self.inner()
         inner.update(message)
-        outer = self._outer()
+        outer = self.outer()
         outer.update(inner.digest())
         return outer.digest()
 
@@ -77,11 +77,13 @@ class _Hmac:
 class _Secret:
     """One secret as the two keys that are made of it."""
 
-    __slots__ = ("_legacy", "_standard")
+    __slots__ = ("_legacy", "_standard", "legacy_inner", "legacy_outer", "standard_inner", "standard_outer")
 
     def __init__(self, secret: str) -> None:
         self._legacy = _Hmac(secret.encode())
         self._standard = _Hmac(standard_key(secret))
+        self.legacy_inner, self.legacy_outer = self._legacy.inner, self._legacy.outer
+        self.standard_inner, self.standard_outer = self._standard.inner, self._standard.outer
 
     def legacy(self, body: bytes) -> bytes:
         return binascii.hexlify(self._legacy.digest(body))
@@ -102,7 +104,7 @@ class Signer:
     def __init__(self, secret: str | None, previous: str | None = None, *, prefix: str = "X-Trackpost-") -> None:
         self._current = _Secret(secret) if secret else None
         self._previous = _Secret(previous) if secret and previous else None
-        self._field = f"{prefix}Signature: ".encode("ascii")
+        self._field = f"{prefix}Signature: "
 
     @property
     def is_signing(self) -> bool:
@@ -114,24 +116,29 @@ class Signer:
         """Whether a previous secret still counts, so that `by_previous` may be asked for."""
         return self._previous is not None
 
-    def headers(self, event_id: bytes, timestamp: bytes, body: bytes, *, by_previous: bool = False) -> bytes:
+    def headers(self, event_id: str, timestamp: str, body: bytes, *, by_previous: bool = False) -> str:
         """Return both header lines of one attempt, each ended by CR LF; nothing without a secret.
 
         `timestamp` is the attempt's, in whole Unix seconds. `by_previous` makes the legacy line by the previous secret:
         for the receiver that answered 401 because it has not changed over yet.
         """
-        current, previous = self._current, self._previous
+        current = self._current
         if current is None:
-            return b""
-        content = b"%b.%b.%b" % (event_id, timestamp, body)
-        if previous is None and not by_previous:  # the ordinary case first
-            return b"%b%b\r\nwebhook-signature: %b\r\n" % (self._field, current.legacy(body), current.standard(content))
+            return ""
+        if self._previous is None and not by_previous:  # the ordinary case first, with all calls but OpenSSL's unrolled
+            inner = current.legacy_inner()
+            inner.update(body)
+            outer = current.legacy_outer()
+            outer.update(inner.digest())
+            inner = current.standard_inner()
+            inner.update(b"%b.%b" % (f"{event_id}.{timestamp}".encode(), body))
+            standard = current.standard_outer()
+            standard.update(inner.digest())
+            base64 = _to_base64(standard.digest(), newline=False).decode()
+            return f"{self._field}{outer.hexdigest()}\r\nwebhook-signature: v1,{base64}\r\n"
         legacy = self.legacy(body, by_previous=by_previous)
-        return b"%b%b\r\nwebhook-signature: %b\r\n" % (
-            self._field,
-            legacy,
-            self.standard(event_id, timestamp, body),
-        )
+        standards = self.standard(event_id.encode(), timestamp.encode(), body)
+        return f"{self._field}{legacy.decode()}\r\nwebhook-signature: {standards.decode()}\r\n"
 
     def legacy(self, body: bytes, *, by_previous: bool = False) -> bytes:
         """Return the value of `X-Trackpost-Signature`: 64 lower-case hex digits; empty without a secret."""

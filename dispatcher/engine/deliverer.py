@@ -167,7 +167,7 @@ class Subscriber:
         self.lane = lane
         self.origin: Any = None  # None: the guard refuses its URL
         self.signer: Signer = Signer(None)
-        self.head = b""  # request line and the header fields that never change
+        self.head = ""  # request line and the header fields that never change, in Latin-1
         self.error: str | None = None
         self.resign_at = math.inf  # Unix time at which the previous secret ceases to sign
         self.held = False  # something may be held in the database
@@ -233,16 +233,14 @@ class Deliverer:
         self._loop = loop
         self._jitter = jitter
         self._user_agent = user_agent
-        self._prefix = header_prefix.encode("ascii")
+        self._prefix = header_prefix
         self._wall = wall
         self._random = (dice or random.Random()).random  # noqa: S311  spreads load, guards nothing
         self._timer: asyncio.TimerHandle | None = None
         self._idle: asyncio.Event = asyncio.Event()
-        p = self._prefix
-        self._fields = (
-            b"%b" + p + b"Event: %b\r\n" + p + b"Delivery: %b\r\n" + p + b"Attempt: %d\r\n"
-            b"webhook-id: %b\r\nwebhook-timestamp: %b\r\n%bContent-Length: %d\r\n\r\n%b"
-        )
+        self._event_field = f"{header_prefix}Event: "
+        self._delivery_field = f"\r\n{header_prefix}Delivery: "
+        self._attempt_field = f"\r\n{header_prefix}Attempt: "
 
     @property
     def balance(self) -> int:
@@ -294,7 +292,7 @@ class Deliverer:
         is_rotating = expires is not None and expires.timestamp() > now
         previous = endpoint.previous_secret if is_rotating else None
         subscriber.resign_at = expires.timestamp() if expires is not None and is_rotating else math.inf
-        subscriber.signer = Signer(endpoint.secret, previous, prefix=self._prefix.decode())
+        subscriber.signer = Signer(endpoint.secret, previous, prefix=self._prefix)
         try:
             target = self._guard.check_url(endpoint.url)
         except AddressRefused as error:
@@ -308,8 +306,8 @@ class Deliverer:
         own = "".join(f"{name}: {value}\r\n" for name, value in endpoint.headers)
         subscriber.head = (
             f"POST {target.path} HTTP/1.1\r\nHost: {target.host_header}\r\nContent-Type: application/json\r\n"
-            f"User-Agent: {self._user_agent}\r\n{own}"
-        ).encode("latin-1")
+            f"User-Agent: {self._user_agent}\r\n{own}{self._event_field}"
+        )
 
     def reconfigure(self, guard: Guard, jitter: float) -> None:
         """Take changed settings over; every webhook's URL is judged anew."""
@@ -488,31 +486,28 @@ class Deliverer:
         delivery.sent_wall = wall = self._wall()
         if wall >= subscriber.resign_at:
             self._equip(subscriber)
-        event_id, timestamp = payload.event_id.encode(), b"%d" % wall
+        event_id, timestamp = payload.event_id, f"{int(wall)}"
         signer = subscriber.signer  # the grace may have ended with the answer that asked for the other secret
         by_previous = delivery.other_secret and signer.is_rotating
         signed = signer.headers(event_id, timestamp, body, by_previous=by_previous)
         if event.traceparent is not None or self.spans is not None:
             signed += self._trace(delivery)
-        request = self._fields % (
-            subscriber.head,
-            payload.type.encode(),
-            self._ids.id_of(endpoint.id, event.seq, delivery.generation).encode(),
-            delivery.attempts + 1,
-            event_id,
-            timestamp,
-            signed,
-            len(body),
-            body,
+        # One format of texts, encoded once: half the time of joining bytes.
+        head = (
+            f"{subscriber.head}{payload.type}"
+            f"{self._delivery_field}{self._ids.id_of(endpoint.id, event.seq, delivery.generation)}"
+            f"{self._attempt_field}{delivery.attempts + 1}\r\nwebhook-id: {event_id}\r\n"
+            f"webhook-timestamp: {timestamp}\r\n{signed}Content-Length: {len(body)}\r\n\r\n"
         )
+        request = head.encode("latin-1") + body
         subscriber.origin.submit(request, endpoint.timeout_s, self._done, delivery)
 
-    def _trace(self, delivery: Delivery) -> bytes:
+    def _trace(self, delivery: Delivery) -> str:
         """The header field that lets the subscriber's work be seen as part of what made the event."""
         given = delivery.event.traceparent
         if self.spans is not None:
             given = self.spans.begin(delivery)
-        return b"traceparent: %b\r\n" % given.encode() if given and is_traceparent(given) else b""
+        return f"traceparent: {given}\r\n" if given and is_traceparent(given) else ""
 
     def _done(self, delivery: Delivery, attempt: Attempt) -> None:
         """Take in what a request came to. Called once per request, by the transport."""

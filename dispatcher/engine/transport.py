@@ -35,7 +35,7 @@ from operator import attrgetter
 from typing import Any, Final
 
 from dispatcher.core.addresses import Guard, Target
-from dispatcher.engine.connection import Connection, Done, Released, Request, timed_out
+from dispatcher.engine.connection import Connection, Done, KnownAnswer, Released, Request, timed_out
 from dispatcher.engine.dialer import Dialer, DialFailed, DnsResolver, Phase, Resolver
 from dispatcher.model import Attempt, Result
 
@@ -99,7 +99,10 @@ class Origin:
     Requests and dials are not tied to each other: whatever connection comes first takes the oldest request.
     """
 
-    __slots__ = ("client", "closed", "dials", "idle", "keepalive_s", "queued", "target", "time", "waiting")
+    __slots__ = (
+        "client", "closed", "dials", "idle", "keepalive_s", "known_answer", "queued", "surprises", "target", "time",
+        "waiting",
+    )  # fmt: skip
 
     def __init__(self, client: Transport, target: Target) -> None:
         self.client = client
@@ -111,6 +114,8 @@ class Origin:
         self.dials: list[Dial] = []  # oldest first
         self.queued = False  # for a dial
         self.closed = False
+        self.known_answer: KnownAnswer | None = None
+        self.surprises = 0  # successes since the last that looked like it
 
     def __repr__(self) -> str:
         counts = f"{len(self.idle)} idle, {len(self.waiting)} waiting, {len(self.dials)} dialling"

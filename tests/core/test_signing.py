@@ -84,14 +84,25 @@ def test_signing_twice_gives_the_same_signature() -> None:
 
 
 def test_the_header_block_is_two_lines_ready_to_send() -> None:
-    assert Signer(SECRET).headers(EVENT_ID, TIMESTAMP, BODY) == (
-        f"X-Trackpost-Signature: {legacy_oracle(SECRET, BODY)}\r\nwebhook-signature: {SIGNATURE}\r\n".encode()
+    assert Signer(SECRET).headers(EVENT_ID.decode(), TIMESTAMP.decode(), BODY) == (
+        f"X-Trackpost-Signature: {legacy_oracle(SECRET, BODY)}\r\nwebhook-signature: {SIGNATURE}\r\n"
+    )
+
+
+@given(SECRETS, st.one_of(st.none(), SECRETS), st.binary(max_size=300), st.integers(0, 2**40))
+def test_the_header_block_says_what_the_signatures_are(
+    secret: str, previous: str | None, body: bytes, seconds: int
+) -> None:
+    signer, timestamp = Signer(secret, previous), str(seconds)
+    legacy, standard = signer.legacy(body).decode(), signer.standard(EVENT_ID, timestamp.encode(), body).decode()
+    assert signer.headers(EVENT_ID.decode(), timestamp, body) == (
+        f"X-Trackpost-Signature: {legacy}\r\nwebhook-signature: {standard}\r\n"
     )
 
 
 def test_the_brand_is_configuration() -> None:
-    block = Signer(OTHER, prefix="X-Acme-").headers(EVENT_ID, TIMESTAMP, BODY)
-    assert block.startswith(b"X-Acme-Signature: ")
+    block = Signer(OTHER, prefix="X-Acme-").headers(EVENT_ID.decode(), TIMESTAMP.decode(), BODY)
+    assert block.startswith("X-Acme-Signature: ")
 
 
 @pytest.mark.parametrize("secret", [None, ""])
@@ -99,7 +110,7 @@ def test_without_a_secret_nothing_is_signed(secret: str | None) -> None:
     for signer in (Signer(secret), Signer(secret, OTHER)):
         assert not signer.is_signing
         assert not signer.is_rotating
-        assert signer.headers(EVENT_ID, TIMESTAMP, BODY) == b""
+        assert signer.headers(EVENT_ID.decode(), TIMESTAMP.decode(), BODY) == ""
         assert signer.legacy(BODY) == b""
         assert signer.standard(EVENT_ID, TIMESTAMP, BODY) == b""
         assert signer.verify_legacy(BODY, "") is Verdict.MISMATCH
@@ -117,14 +128,14 @@ def test_during_rotation_the_legacy_header_is_by_the_current_secret_unless_asked
     signer = Signer(OTHER, SECRET)
     assert signer.legacy(BODY).decode() == legacy_oracle(OTHER, BODY)
     assert signer.legacy(BODY, by_previous=True).decode() == legacy_oracle(SECRET, BODY)
-    usual = signer.headers(EVENT_ID, TIMESTAMP, BODY)
-    swapped = signer.headers(EVENT_ID, TIMESTAMP, BODY, by_previous=True)
+    usual = signer.headers(EVENT_ID.decode(), TIMESTAMP.decode(), BODY).encode()
+    swapped = signer.headers(EVENT_ID.decode(), TIMESTAMP.decode(), BODY, by_previous=True).encode()
     assert swapped == usual.replace(legacy_oracle(OTHER, BODY).encode(), legacy_oracle(SECRET, BODY).encode())
 
 
 def test_the_previous_secret_cannot_be_asked_for_when_there_is_none() -> None:
     with pytest.raises(AssertionError, match="rotated"):
-        Signer(SECRET).headers(EVENT_ID, TIMESTAMP, BODY, by_previous=True)
+        Signer(SECRET).headers(EVENT_ID.decode(), TIMESTAMP.decode(), BODY, by_previous=True)
 
 
 # ---- Keys and secrets
