@@ -126,8 +126,8 @@ class Process:
 class Daemon:
     """`dispatcher run` with a configuration file."""
 
-    def __init__(self, config: Path, metrics: str, log: Path) -> None:
-        self.config, self.metrics, self.log = config, metrics, log
+    def __init__(self, config: Path, listen: str, metrics: str, log: Path) -> None:
+        self.config, self.listen, self.metrics, self.log = config, listen, metrics, log
         self._process: asyncio.subprocess.Process | None = None
         self._asked = False  # to end
 
@@ -174,6 +174,12 @@ class Daemon:
             if time.monotonic() > deadline:
                 raise Broken(f"the daemon did not get ready:\n{self.complaints}")
             await asyncio.sleep(0.02)
+
+    async def get(self, path: str) -> None:
+        """Ask API or dashboard for what needs no key. Raises Broken when it is not given."""
+        status = (await _get(self.listen, path)).partition("\r\n")[0]
+        if " 200 " not in status:
+            raise Broken(f"the daemon answered {path} with {status!r}")
 
     async def stop(self) -> int:
         """Drain and end; return its exit code."""
@@ -578,10 +584,10 @@ class Cell:
     ) -> None:
         """Configure, subscribe, tell the receiver; for `Lab.cell`."""
         self.connection = await asyncpg.connect(self.dsn)
-        metrics = free_address()
+        listen, metrics = free_address(), free_address()
         path = self.directory / "dispatcher.toml"
-        path.write_text(_toml(self._settings(metrics)), encoding="utf-8")
-        self.daemon = Daemon(path, metrics, self.directory / "daemon.log")
+        path.write_text(_toml(self._settings(listen, metrics)), encoding="utf-8")
+        self.daemon = Daemon(path, listen, metrics, self.directory / "daemon.log")
         self.meter = Meter(self, self._tick_s)
         await self.tell(behaviours)
         store = EndpointStore(self.connection, open_vault(load(path, {})))
@@ -592,10 +598,10 @@ class Cell:
                 url = f"http://{address}{endpoint_path(number)}"
                 await store.create(account, _webhook(url, number // self.ledger.fanout, webhook), SECRET)
 
-    def _settings(self, metrics: str) -> dict[str, dict[str, object]]:
+    def _settings(self, listen: str, metrics: str) -> dict[str, dict[str, object]]:
         settings: dict[str, dict[str, object]] = {
             "database": {"dsn": self.dsn},
-            "server": {"listen": "127.0.0.1:0"},
+            "server": {"listen": listen},
             "metrics": {"listen": metrics},
             "network": {"allow": ["127.0.0.0/8"], "allow_http": True},
             "state": {"directory": str(self.directory)},

@@ -18,8 +18,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
-
 from dispatcher import systemd
 from dispatcher.config import Config, load
 from dispatcher.core.addresses import Guard
@@ -34,7 +32,7 @@ from dispatcher.engine.spans import open_spans
 from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.engine.trials import SingleShot, is_released
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, DispatcherError
-from dispatcher.logs import start_logging
+from dispatcher.logs import get_logger, start_logging
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.database import connect, open_pool, place, statements
 from dispatcher.store.deliveries import DeliveryStore
@@ -64,7 +62,7 @@ SETTLE_S: Final = 10.0  # behind [delivery] drain_s: what was in flight is writt
 ROTATE: Final = "dispatcher keys rotate-master, when every daemon has the new key as its key_file"
 EXIT_NOW: Final = 130  # a second signal: at once, as a shell would report it
 
-log = structlog.get_logger("dispatcher.daemon")
+log = get_logger("dispatcher.daemon")
 
 
 # -- database

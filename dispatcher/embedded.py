@@ -56,9 +56,8 @@ from pathlib import Path
 from typing import IO, Final, Self
 from urllib.parse import quote
 
-import structlog
-
 from dispatcher.errors import EmbeddedError
+from dispatcher.logs import get_logger
 
 MAJOR_MIN: Final = 14
 USER: Final = "postgres"  # not `dispatcher`: "$user" in the search path would then find our schema unqualified
@@ -115,7 +114,7 @@ HOW_TO_GET_ONE: Final = (
     "or set [database] dsn to a server you already run"
 )
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import io
 import json
 import logging
@@ -27,14 +28,35 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
 import orjson
-import structlog
 
 from dispatcher.config import Log
+
+
+@contextlib.contextmanager
+def _not_found(*names: str) -> Iterator[None]:
+    """Whoever tries to import one of these packages meanwhile is told that it is not installed."""
+    modules: dict[str, Any] = sys.modules
+    missing = [name for name in names if name not in modules]
+    modules.update(dict.fromkeys(missing))  # None is how the import system is told
+    try:
+        yield
+    finally:
+        for name in missing:
+            del modules[name]
+
+
+# Structlog loads these because they are there, for tracebacks and threads that we have no use for: 4 MB of an idle
+# daemon, most of it rich, which only the command lines need. So nobody but this module imports structlog.
+with _not_found("better_exceptions", "greenlet", "rich", "twisted"):
+    import structlog
+
+get_logger: Final = structlog.get_logger
+bound_contextvars: Final = structlog.contextvars.bound_contextvars
 
 LINES_MAX: Final = 10_000  # waiting to be written: ≈ 4 MB
 WRITE_BYTES: Final = 64 << 10  # a pipe's worth

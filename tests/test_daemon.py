@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from daemons import PATIENCE_S, Program, connected, emit, free_address, subscribe, until
@@ -289,3 +291,21 @@ async def test_a_port_that_is_taken_is_one_line_and_exit_2(program: Callable[...
         assert await daemon.ended() == 2
     assert "[server] listen" in daemon.log.read_text()
     assert "Traceback" not in daemon.log.read_text()
+
+
+async def test_idle_daemon_has_not_loaded_what_only_people_look_at(program: Callable[..., Program]) -> None:
+    daemon = program(PYTHONPROFILEIMPORTTIME="1")
+    daemon.start()
+    await daemon.is_ready()
+
+    def loaded() -> set[str]:
+        return set(re.findall(r"^import time:.*\| +([\w.]+)$", daemon.log.read_text(), re.MULTILINE))
+
+    idle = loaded()
+    assert {"dispatcher.web.api", "structlog", "aiohttp.web"} <= idle
+    packages = {name.partition(".")[0] for name in idle if "." in name}  # a package that was only looked for has none
+    assert not packages & {"rich", "pygments", "jinja2", "opentelemetry", "greenlet"}
+    assert "dispatcher.web.dashboard.app" not in idle
+    async with aiohttp.ClientSession() as session, session.get(f"http://{daemon.api}/sign-in") as answer:
+        assert answer.status == 200
+    assert {"jinja2", "dispatcher.web.dashboard.app"} <= loaded()

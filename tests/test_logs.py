@@ -240,3 +240,13 @@ def test_program_whose_standard_error_nobody_reads_goes_on_and_ends() -> None:
 def test_program_that_is_read_loses_no_line_at_its_end() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True, timeout=PATIENCE_S)
     assert [json.loads(line)["number"] for line in done.stderr.splitlines()] == list(range(3000))
+
+
+# ── what it is made of ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("before", ["", "import rich"])
+def test_rich_is_left_where_it_was(before: str) -> None:
+    code = f"{before}\nimport sys, dispatcher.logs; print('rich' in sys.modules); import rich.traceback"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told == f"{bool(before)}\n"

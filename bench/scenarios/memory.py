@@ -1,5 +1,5 @@
-"""What it weighs: idle, with thousands of open connections, with a million waiting deliveries, and while a dead
-webhook is written to."""
+"""What it weighs: idle, before and after somebody looked at its pages, with thousands of open connections, with a
+million waiting deliveries, and while a dead webhook is written to."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ OPTIONS = (
 )
 INITIAL_WINDOW: Final = 4  # requests a webhook gets at once before it has answered any
 REST_S: Final = 1.0
+IDLE_MIB_MAX: Final = 64  # binary, as the limits of containers are
+PAGES: Final = ("/sign-in", "/docs")  # load the dashboard, and make the API's description
 PENDING: Final = """
     INSERT INTO dispatcher.pending (endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at)
     SELECT (SELECT min(id) FROM dispatcher.endpoint), n, 0, '1', now(), 'retrying', 1,
@@ -43,7 +45,11 @@ async def _idle(lab: Lab, report: Report) -> None:
     async with lab.cell("idle", events=1, endpoints=10) as cell:
         await cell.daemon.start()
         await cell.daemon.ready()
-        await _row(cell, report)
+        idle = await _row(cell, report)
+        report.bar("idle: RSS MiB (of 2^20 bytes)", idle / (1 << 20) if idle else None, at_most=IDLE_MIB_MAX)
+        for path in PAGES:
+            await cell.daemon.get(path)
+        await _row(cell, report, name="idle, pages seen")
 
 
 async def _connections(lab: Lab, report: Report, wanted: int) -> None:
@@ -109,9 +115,12 @@ async def _known(cell: Cell) -> int:
     )
 
 
-async def _row(cell: Cell, report: Report, values: dict[str, int] | None = None) -> None:
-    """Let it rest a moment, then weigh it."""
+async def _row(cell: Cell, report: Report, values: dict[str, int] | None = None, *, name: str = "") -> int | None:
+    """Let it rest a moment, then weigh it; return the bytes."""
     await asyncio.sleep(REST_S)
     now = cell.meter.take().rss_bytes
-    report.row(cell.name, {"RSS MB": now / 1e6 if now else None, "highest MB": cell.meter.rss_max_mb, **(values or {})})
+    report.row(
+        name or cell.name, {"RSS MB": now / 1e6 if now else None, "highest MB": cell.meter.rss_max_mb, **(values or {})}
+    )
     report.series[f"{cell.name}, RSS MB"] = cell.meter.rss_series()
+    return now

@@ -23,7 +23,6 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
-import structlog
 
 from dispatcher.core.addresses import Guard
 from dispatcher.core.backoff import reconnect_delay_s
@@ -41,6 +40,7 @@ from dispatcher.engine.retries import Retries
 from dispatcher.engine.spans import Spans
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
+from dispatcher.logs import get_logger
 from dispatcher.model import EndpointStatus
 from dispatcher.store.database import TROUBLE, close, connect, raise_if_cancelled, statements
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
@@ -63,7 +63,7 @@ SWEEP_S: Final = 30.0
 RETENTION_S: Final = 600.0
 CLOSE_S: Final = 5.0
 
-log = structlog.get_logger("dispatcher.engine")
+log = get_logger("dispatcher.engine")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
-import structlog
 
 from dispatcher.core.addresses import Guard
 from dispatcher.core.backoff import reconnect_delay_s
@@ -36,6 +35,7 @@ from dispatcher.engine.leases import CLOSE_S, HEARTBEAT_S, Instance, until_rung
 from dispatcher.engine.spans import Spans
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import DatabaseUnreachable
+from dispatcher.logs import get_logger
 from dispatcher.store.database import TROUBLE, close, connect
 from dispatcher.store.fleet import MEMBER_MAX, FleetStore
 from dispatcher.store.schema import check_schema, written_for
@@ -46,7 +46,7 @@ from dispatcher.telemetry import Snapshot, Telemetry, total
 LOOK_S: Final = 0.5  # 0.3 ms of PostgreSQL's time
 HANDOVER_S: Final = 3.0  # what a released shard's requests get to finish; its webhooks wait that long
 
-log = structlog.get_logger("dispatcher.fleet")
+log = get_logger("dispatcher.fleet")
 
 
 class Fleet:

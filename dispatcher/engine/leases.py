@@ -21,10 +21,10 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
-import structlog
 
 from dispatcher import __version__
 from dispatcher.engine.channels import FLEET
+from dispatcher.logs import get_logger
 from dispatcher.store.database import close, connect, statements
 from dispatcher.store.fleet import SILENT, FleetStore
 from dispatcher.store.shard import ShardStore
@@ -36,7 +36,7 @@ CLOSE_S: Final = 2.0
 VALID_S: Final = 7.0  # a margin of 3 s below SILENT for what was on its way out
 assert SILENT.total_seconds() > VALID_S + HEARTBEAT_S
 
-log = structlog.get_logger("dispatcher.leases")
+log = get_logger("dispatcher.leases")
 
 
 class Instance:

@@ -6,17 +6,16 @@ import asyncio
 import time
 from typing import Any
 
-import structlog
-
 from dispatcher.core.addresses import Guard
 from dispatcher.engine.engine import EngineSettings
 from dispatcher.engine.leases import HEARTBEAT_S, Instance, until_rung
 from dispatcher.engine.transport import Transport
+from dispatcher.logs import get_logger
 from dispatcher.store.database import TROUBLE
 from dispatcher.store.schema import written_for
 from dispatcher.telemetry import Snapshot, total
 
-log = structlog.get_logger("dispatcher.onlooker")
+log = get_logger("dispatcher.onlooker")
 
 
 class Onlooker:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-import structlog
-
 from dispatcher.errors import DatabaseUnreachable
+from dispatcher.logs import get_logger
 from dispatcher.store.database import TROUBLE, connect, raise_if_cancelled
 from dispatcher.store.replays import ReplayStore
 
 STEP_S: Final = 0.25  # between two rounds: a step makes 500 deliveries, so 2000 a second for each job
 SAFETY_S: Final = 30.0  # should we not have been told of one
 
-log = structlog.get_logger("dispatcher.replays")
+log = get_logger("dispatcher.replays")
 
 
 class Replays:

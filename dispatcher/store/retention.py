@@ -28,8 +28,8 @@ from typing import Any, Final
 
 import asyncpg
 import msgspec
-import structlog
 
+from dispatcher.logs import get_logger
 from dispatcher.store.database import LOCK_CLASS, statements
 from dispatcher.telemetry import TableSize
 
@@ -52,7 +52,7 @@ _BUSY: Final = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
 _Leaf = tuple[str, date]
 """A partition's name, and its day."""
 
-log = structlog.get_logger("dispatcher.retention")
+log = get_logger("dispatcher.retention")
 
 
 class Pruned(msgspec.Struct, frozen=True):

@@ -35,10 +35,10 @@ from importlib import resources
 from typing import Any, Final
 
 import asyncpg
-import structlog
 
 from dispatcher import __version__
 from dispatcher.errors import MigrationBlocked, SchemaMismatch
+from dispatcher.logs import get_logger
 from dispatcher.store.database import CONNECT_TIMEOUT_S, LOCK_CLASS, connect, statements
 
 MIGRATION_LOCK: Final = 1
@@ -53,7 +53,7 @@ PATIENCE_S: Final = 300.0  # a report or a dump may hold the outbox for some min
 
 _OLDEST: Final = re.compile(r"^-- oldest program: ([0-9]+)$", re.MULTILINE)
 
-log = structlog.get_logger("dispatcher.schema")
+log = get_logger("dispatcher.schema")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

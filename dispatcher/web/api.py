@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from dispatcher.web.annex import Annex
 from dispatcher.web.auth import authentication
 from dispatcher.web.bodies import BODY_BYTES_MAX
 from dispatcher.web.boundary import boundary, finish_head
-from dispatcher.web.dashboard.app import Dashboard
 from dispatcher.web.deliveries import Deliveries
 from dispatcher.web.docs import Docs
 from dispatcher.web.events import Events
@@ -32,9 +32,9 @@ def build_api_app(parts: Web) -> web.Application:
     app.add_subapp("/v1", v1)
     docs.app = app
     if parts.log is not None and parts.stores is not None:
-        dashboard = Dashboard(parts, parts.log, parts.stores)
+        dashboard = Annex(parts, parts.log, parts.stores)
         app.middlewares.append(dashboard.middleware())
-        app.add_routes(dashboard.routes())
+        app.router.register_resource(dashboard)
         app.on_shutdown.append(dashboard.close)
     app.on_response_prepare.append(finish_head)
     app.on_shutdown.append(listen.close)

@@ -14,10 +14,9 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import asyncpg
-import structlog
 from aiohttp import web
-from structlog.contextvars import bound_contextvars
 
+from dispatcher.logs import bound_contextvars, get_logger
 from dispatcher.model import new_id
 from dispatcher.store.database import TROUBLE
 from dispatcher.web.problems import Problem, of_http, unavailable
@@ -31,7 +30,7 @@ _READ_ONLY: Final = "25006"
 _ID: Final = web.RequestKey("request_id", str)
 _is_request_id: Final = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
 
-log = structlog.get_logger("dispatcher.web")
+log = get_logger("dispatcher.web")
 
 
 @web.middleware

@@ -18,9 +18,9 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-import structlog
 from aiohttp import web
 
+from dispatcher.logs import get_logger
 from dispatcher.web.problems import Problem
 
 CONNECTIONS_MAX: Final = 1000
@@ -29,7 +29,7 @@ CONNECTIONS_MAX: Final = 1000
 HEAD_S: Final = 15.0  # from a connection's opening to the end of its first request's head
 IDLE_S: Final = 75.0  # from an answer to the end of the next head: longer than reverse proxies keep theirs
 
-log = structlog.get_logger("dispatcher.web")
+log = get_logger("dispatcher.web")
 
 
 class Connection(web.RequestHandler):

@@ -26,12 +26,12 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from typing import Final
 
-import structlog
 from aiohttp import web
 
 from dispatcher.core.rendering import Payload
 from dispatcher.core.routing import fits
 from dispatcher.errors import Undeliverable
+from dispatcher.logs import get_logger
 from dispatcher.model import BodyStyle, DeliveryKey
 from dispatcher.store.accounts import KeyOwner
 from dispatcher.store.database import TROUBLE
@@ -63,7 +63,7 @@ _CLOSE: Final = (ConnectionError, TimeoutError, *TROUBLE)
 
 _is_name: Final = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,6000})?").fullmatch
 
-log = structlog.get_logger("dispatcher.web.listen")
+log = get_logger("dispatcher.web.listen")
 
 
 class Message:

@@ -1,15 +1,12 @@
-"""The dashboard put together: its pages as routes of the listener, and errors as pages."""
+"""The dashboard put together: its pages as routes of the listener, and problems as pages."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Final, Protocol
+from typing import Protocol
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
 
-from dispatcher.web.boundary import problem_of
 from dispatcher.web.dashboard.assets import Assets
 from dispatcher.web.dashboard.deliveries import DeliveryPages
 from dispatcher.web.dashboard.desk import Desk
@@ -30,8 +27,6 @@ from dispatcher.web.dashboard.webhooks import WebhookList
 from dispatcher.web.parts import Log, Stores, Web
 from dispatcher.web.problems import Problem
 
-PROGRAMS: Final = ("/v1", "/docs", "/openapi.json")  # what is said there is said in JSON
-
 
 class Pages(Protocol):
     """What serves some pages."""
@@ -41,7 +36,7 @@ class Pages(Protocol):
 
 
 class Dashboard:
-    """All of it. `middleware` belongs inside the boundary."""
+    """All of it."""
 
     def __init__(self, parts: Web, log: Log, stores: Stores) -> None:
         assets = Assets()
@@ -71,27 +66,12 @@ class Dashboard:
         """Paths of the whole listener."""
         return [*self._assets.routes(), *(route for page in self._pages for route in page.routes())]
 
-    def middleware(self) -> Middleware:
-        """Turns what goes wrong into a page, where people look."""
-
-        @web.middleware
-        async def as_page(
-            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-        ) -> web.StreamResponse:
-            try:
-                return await handler(request)
-            except Exception as error:
-                if not _is_for_people(request):
-                    raise
-                return await self._error_page(request, problem_of(request, error))
-
-        return as_page
-
-    async def close(self, _app: web.Application) -> None:
+    def close(self) -> None:
         """End every stream."""
         self._live.close()
 
-    async def _error_page(self, request: web.Request, problem: Problem) -> web.Response:
+    async def error_page(self, request: web.Request, problem: Problem) -> web.Response:
+        """The page that tells a problem."""
         try:
             await self._desk.door.recognise(request)
         except Exception:  # noqa: BLE001  the database is away: a page that says so needs nobody signed in
@@ -106,7 +86,3 @@ class Dashboard:
         )
         self._desk.door.keep_guest(request, page)
         return page
-
-
-def _is_for_people(request: web.Request) -> bool:
-    return "text/html" in request.headers.get("Accept", "") and not request.path.startswith(PROGRAMS)

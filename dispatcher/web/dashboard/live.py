@@ -13,9 +13,9 @@ import contextlib
 from collections.abc import Hashable, Iterator
 from typing import Final
 
-import structlog
 from aiohttp import web
 
+from dispatcher.logs import get_logger
 from dispatcher.store.accounts import KeyOwner
 from dispatcher.store.database import TROUBLE
 from dispatcher.web.dashboard.desk import Desk
@@ -37,7 +37,7 @@ _CHANGE: Final = b"event: change\ndata:\n\n"
 _HEARTBEAT: Final = b": heartbeat\n\n"
 _OVER: Final = b"event: over\ndata:\n\n"
 
-log = structlog.get_logger("dispatcher.web.dashboard")
+log = get_logger("dispatcher.web.dashboard")
 
 
 class Watch:
