@@ -133,7 +133,9 @@ class Payload:
             value = orjson.loads(source)
             if type(value) is dict and _is_plain(value.items(), 1):
                 envelope["data"] = value
-                compact = orjson.dumps(envelope, option=_OPTIONS)
+                # A copy: orjson hands over its whole buffer, 4 to 64 KiB with the text at its beginning. Ten thousand
+                # waiting events of 440 bytes took 76 MB more.
+                compact = b"%b" % orjson.dumps(envelope, option=_OPTIONS)
                 quotes_kept = compact.count(b'"') == source.count(b'"') + _ENVELOPE_QUOTES
                 if quotes_kept and not (_BACKSLASH in source and b"u0022" in source):
                     return compact
@@ -254,7 +256,7 @@ def _parse_exactly(source: bytes) -> dict[str, Any]:
 
 def _print(envelope: dict[str, Any]) -> bytes:
     try:
-        return orjson.dumps(envelope, option=_OPTIONS)
+        return b"%b" % orjson.dumps(envelope, option=_OPTIONS)  # a copy, as above
     except orjson.JSONEncodeError:  # the one thing left that orjson does not print
         raise Undeliverable("data holds a lone surrogate") from None
 

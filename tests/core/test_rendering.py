@@ -10,6 +10,7 @@ import random
 import shutil
 import struct
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -691,3 +692,14 @@ def test_the_fast_tier_prints_doubles_as_the_exact_one() -> None:
     for number in random.Random(seed).sample(doubles(seed), 5_000):
         source = f'{{"n":{number!r}}}'
         assert verdict(source) == exact_verdict(source), f"seed {seed}"
+
+
+def test_waiting_event_takes_little_more_room_than_its_body() -> None:
+    data = json.dumps({"text": "x" * 400, "numbers": list(range(500))})
+    tracemalloc.start()
+    try:
+        waiting = [Payload(EVENT_ID, "email.delivered", AT, data) for _ in range(20)]
+        taken = tracemalloc.get_traced_memory()[0] / len(waiting)
+    finally:
+        tracemalloc.stop()
+    assert taken < len(waiting[0].compact) + 500
