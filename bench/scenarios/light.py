@@ -10,7 +10,7 @@ from bench.lab import Lab
 from bench.producer import Stream
 from bench.report import Report, Value
 from bench.scenario import Option, Sizes
-from bench.scenarios.latency import WARM_UP, loaded
+from bench.scenarios.latency import COMMIT_P50, COMMIT_P99, WARM_UP, loaded
 
 QUESTION = "what does it cost when little happens, and is it quick then?"
 OPTIONS = (
@@ -27,8 +27,8 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
     values = await loaded(lab, report, name, rate=rate, seconds=seconds, endpoints=endpoints)
     alone = await _inserts(lab, rate, seconds)
     report.row("the INSERTs alone", {"PostgreSQL µs": alone})
-    report.bar(f"{name}: p50 ms", _number(values["p50 ms"]), at_most=0.7)
-    report.bar(f"{name}: p99 ms", _number(values["p99 ms"]), at_most=2.2)
+    report.bar(f"{name}: COMMIT to first byte, p50 ms", _number(values[COMMIT_P50]), at_most=0.7)
+    report.bar(f"{name}: COMMIT to first byte, p99 ms", _number(values[COMMIT_P99]), at_most=2.2)
     daemon, postgres = _number(values["daemon µs"]), _number(values["PostgreSQL µs"])
     both = None if daemon is None or postgres is None else (daemon + postgres) / 1e3
     report.bar(f"{name}: daemon + PostgreSQL CPU ms per event", both, at_most=0.5)
