@@ -98,7 +98,7 @@ class Payload:
         `data` is JSON text as the application wrote it, `created_at` any aware time (printed in UTC, in whole seconds),
         `version` plain text of our own.
         """
-        if not is_event_id(event_id):
+        if _matches_event_id(event_id) is None:
             raise Undeliverable("event id is not 1 to 64 characters of A-Z a-z 0-9 _ -")
         if not is_type(type):
             raise Undeliverable(f"type is not lower-case words joined by dots, at most {TYPE_BYTES_MAX} bytes")

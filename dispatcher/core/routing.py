@@ -70,6 +70,8 @@ class Registry:
         self._by_id: Final = {endpoint.id: endpoint for endpoint in endpoints}
         self._routes: defaultdict[str, _Routes] = defaultdict(lambda: _Routes(defaultdict(dict), defaultdict(dict), {}))
         self._memo: dict[tuple[str, str], tuple[Endpoint, ...]] = {}
+        # Transactions from this one on began when each webhook was there: nobody needs to be asked whether it was.
+        self.all_since = max((endpoint.created_snapshot[1] for endpoint in self._by_id.values()), default=0)
         for endpoint in self._by_id.values():
             if endpoint.status is not EndpointStatus.DISABLED:
                 self._routes[endpoint.account].add(endpoint)

@@ -34,6 +34,7 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
+from itertools import repeat
 from typing import Any, Final
 
 from dispatcher.core.routing import Registry
@@ -257,7 +258,7 @@ class OutboxReader:
         With `born`, a webhook that existed by the clock is subscribed too.
         """
         pairs: list[tuple[Event, Endpoint]] = []
-        match = self.registry.match
+        match, all_since = self.registry.match, self.registry.all_since
         for _, _, _, seq, xid, event_id, account, type_, data, created_at, written_at, traceparent in rows:
             endpoints = match(account, type_)
             if not endpoints and not self._has_duties:
@@ -269,8 +270,12 @@ class OutboxReader:
                     self._ledger.discard_event(seq, str(error))
                     self._deliverer.journal.discarded_event(event_id, account, type_, str(error))
                 continue
-            if endpoints:
-                event = Event(seq, xid, written_at, payload, traceparent)
+            if not endpoints:
+                continue
+            event = Event(seq, xid, written_at, payload, traceparent)
+            if xid >= all_since:
+                pairs += zip(repeat(event), endpoints)
+            else:
                 pairs += [
                     (event, endpoint)
                     for endpoint in endpoints
