@@ -1,6 +1,8 @@
 -- Reading the outbox as the difference of two snapshots. A page is a prefix of that difference in the order (xid, seq): first
 -- the transactions that were in progress in `prev` ($1), then everything that began later (from xid $2 on), both behind
--- (at_xid, at_seq) = ($3, $4). $5 bounds where the first kind's rows can lie, $6 the second kind's: partitions before are pruned.
+-- (at_xid, at_seq) = ($3, $4). Where the second kind begins is one comparison: of two lower bounds on its first column an index
+-- scan may start at either, and then read all the day's rows before the other (33 ms of every poll at a million). $5 bounds where
+-- the first kind's rows can lie, $6 the second kind's: partitions before are pruned.
 
 -- The rows of a page are found as they are and dressed last, by /* _event */: an expression below the partitions is set up once
 -- for each of them, which cost as much as all the rest of a poll that finds one event.
@@ -27,7 +29,7 @@ UNION ALL
         ORDER BY xid, seq LIMIT $7) AS o
     UNION ALL
     (SELECT * FROM dispatcher.outbox
-     WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND written_at >= $6
+     WHERE (xid, seq) > (greatest($3::xid8, $2::xid8), CASE WHEN $3::xid8 >= $2::xid8 THEN $4::bigint ELSE 0 END) AND written_at >= $6
      ORDER BY xid, seq LIMIT $7)) AS page LIMIT $7);
 
 -- name: first_page_quiet
@@ -36,7 +38,7 @@ UNION ALL
 UNION ALL
 (SELECT NULL, NULL, NULL, /* _event */ FROM (
     SELECT * FROM dispatcher.outbox
-    WHERE (xid, seq) > ($2::xid8, $3::bigint) AND xid >= $1::xid8 AND written_at >= $4
+    WHERE (xid, seq) > (greatest($2::xid8, $1::xid8), CASE WHEN $2::xid8 >= $1::xid8 THEN $3::bigint ELSE 0 END) AND written_at >= $4
     ORDER BY xid, seq LIMIT $5) AS page);
 
 -- name: next_page
@@ -49,7 +51,8 @@ SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, /* _event */ FROM (
         ORDER BY xid, seq LIMIT $7) AS o
     UNION ALL
     (SELECT * FROM dispatcher.outbox
-     WHERE (xid, seq) > ($3::xid8, $4::bigint) AND xid >= $2::xid8 AND xid < pg_snapshot_xmax($8) AND written_at >= $6
+     WHERE (xid, seq) > (greatest($3::xid8, $2::xid8), CASE WHEN $3::xid8 >= $2::xid8 THEN $4::bigint ELSE 0 END)
+       AND xid < pg_snapshot_xmax($8) AND written_at >= $6
        AND pg_visible_in_snapshot(xid, $8)
      ORDER BY xid, seq LIMIT $7)) AS page LIMIT $7;
 
