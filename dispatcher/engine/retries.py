@@ -7,6 +7,10 @@ survive us, fire on time, and not fill memory.
 keys of what is due before the *frontier*, some minutes ahead, and is refilled below half. What fires is fetched with
 its event, in batches.
 
+**Rule, storms.** A hundred thousand may come due in one second. They are sent in steps, and beside first attempts each
+step is short and followed by a rest as long as it took: where everything is slow the rests are long, and where nobody
+is disturbed there are none. Whatever happens, a turn ends after a quarter of a second, and the other duties follow.
+
 **Order.** Refill publishes the frontier, then selects; the ledger commits, then compares with the frontier. Of the
 four orders only this one loses nothing: a row committed before the select is selected, one committed after it finds
 the frontier published.
