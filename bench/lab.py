@@ -275,7 +275,7 @@ class Meter:
 
     def __init__(self, cell: Cell, every_s: float) -> None:
         self._cell = cell
-        self._every_s = every_s
+        self.every_s = every_s
         self.samples: list[Sample] = []
         self._task = asyncio.create_task(self._run(), name="meter")
 
@@ -299,7 +299,7 @@ class Meter:
     async def _run(self) -> None:
         while True:
             self.take()
-            await asyncio.sleep(self._every_s)
+            await asyncio.sleep(self.every_s)
 
     async def stop(self) -> None:
         self._task.cancel()

@@ -22,13 +22,17 @@ a fraction of it on a loop that turns every 5 ms; the spacing is wider by the sa
 ⌈rate⌉ starts fall in any second nevertheless, at 99 % of the rate in the long run.
 
 **Bounds.** In flight in all; queued in all; queued per lane, and never more than it leaves for all others
-(`room_for_lane`); retries queued in all, so that a storm of retries leaves room for first attempts. Within a lane
-retries and first attempts share the queue. Where a bound is met `offer` says so and nothing is kept: the caller writes
-a pending row, or stops reading.
+(`room_for_lane`); retries queued in all, so that a storm of retries leaves room for first attempts. Where a bound is
+met `offer` says so and nothing is kept: the caller writes a pending row, or stops reading.
+
+**Rule, retries.** What comes due again goes into a queue of its own beside the lane's, and the two take turns: a first
+attempt stands behind one retry, not behind hundreds, and neither starves the other. Nor do retries make a lane `new`:
+whoever has nothing else waits in `old`. What was merely held (its endpoint was paused or full) is no such retry: it
+keeps its place in the order of events, before what happened later.
 
 **Invariant.** A lane that may start has exactly one place, in `new`, `old` or the heap. Every item offered and
-queued leaves once: by `next`, or by `release` (also when the lane dies), in order. `queued` and `in_flight` equal the
-sums over the lanes. `check` asserts all that it can see; the tests call it after every step.
+queued leaves once: by `next`, or by `release` (also when the lane dies), in the order of its queue. `queued` and
+`in_flight` equal the sums over the lanes. `check` asserts all that it can see; the tests call it after every step.
 
 **Edge.** An item offered to a dead lane whose time is over opens the probe; the rest waits behind it, bounded like
 any queue. A lane that was forgotten still takes the results of what it has in flight, and nothing else.
@@ -88,7 +92,7 @@ _DEAD: Final = Health.DEAD
 
 
 class _Retry(Generic[T]):
-    """A retry in a queue: marked, because its own bound must be given back when it leaves."""
+    """What was held, in the queue of first attempts: marked, because its bound is given back when it leaves."""
 
     __slots__ = ("item",)
 
@@ -101,6 +105,8 @@ class Lane(Generic[T]):
 
     __slots__ = (
         "busy",
+        "due",
+        "due_next",
         "interval_s",
         "key",
         "latency_s",
@@ -116,7 +122,9 @@ class Lane(Generic[T]):
     def __init__(self, key: int, limit: int, interval_s: float) -> None:
         self.key = key
         self.window = Window(limit)
-        self.todo: deque[T | _Retry[T]] = deque()
+        self.todo: deque[T | _Retry[T]] = deque()  # in the order of events
+        self.due: deque[T] = deque()  # retries that came due
+        self.due_next = False  # it is their turn, if there are both
         self.busy = 0  # in flight
         self.place = _NOWHERE
         self.paused = False
@@ -131,9 +139,14 @@ class Lane(Generic[T]):
         """Whether another request may go out, apart from the rate."""
         return self.busy < self.window.size and not self.paused
 
+    @property
+    def queued(self) -> int:
+        """How many wait, of either kind."""
+        return len(self.todo) + len(self.due)
+
     def is_idle(self, now: float) -> bool:
         """Whether nothing would be lost with it but what its window has learned."""
-        at_rest = not (self.todo or self.busy or self.paused) and self.place is _NOWHERE
+        at_rest = not (self.todo or self.due or self.busy or self.paused) and self.place is _NOWHERE
         return at_rest and self.window.health is _READY and self.next_at <= now
 
     def observe(self, duration_s: float) -> None:
@@ -147,14 +160,14 @@ class Lane(Generic[T]):
         It looks back: an endpoint that began to hang a second ago still looks fast, so whoever waits bounds the wait.
         """
         each_s = (self.latency_s or LATENCY_START_S) / max(1, self.window.size)
-        return len(self.todo) * max(each_s, self.interval_s)
+        return self.queued * max(each_s, self.interval_s)
 
     def __repr__(self) -> str:
         window = self.window
         paused = ", paused" if self.paused else ""
         return (
             f"<Lane {self.key} {window.health.name} {self.busy}/{window.size} busy, "
-            f"{len(self.todo)} queued, {window.outlook}{paused}>"
+            f"{self.queued} queued, {window.outlook}{paused}>"
         )
 
 
@@ -215,7 +228,7 @@ class Lanes(Generic[T]):
     def resume(self, lane: Lane[T]) -> None:
         """End a pause."""
         lane.paused = False
-        if lane.place is _NOWHERE and lane.todo and lane.has_room:
+        if lane.place is _NOWHERE and lane.queued and lane.has_room:
             self._line_up(lane)
 
     def revive(self, lane: Lane[T]) -> None:
@@ -254,8 +267,11 @@ class Lanes(Generic[T]):
                 rota.append(lane)
         return keys
 
-    def offer(self, lane: Lane[T], item: T, now: float, retry: bool = False) -> Offer:
-        """Queue an item, or say why not; then nothing was kept."""
+    def offer(self, lane: Lane[T], item: T, now: float, retry: bool = False, due: bool = False) -> Offer:
+        """Queue an item, or say why not; then nothing was kept.
+
+        `retry`: it counts against the bound for retries. `due`: it is one that came due and queues beside the others.
+        """
         if lane.paused:
             assert lane.place is not _FORGOTTEN, f"{lane} was forgotten: ask for the lane anew"
             return Offer.HELD
@@ -266,12 +282,19 @@ class Lanes(Generic[T]):
                 return Offer.DEAD
             self._announce(lane, turn)
         todo = lane.todo
-        if len(todo) >= self.lane_queued_max or len(todo) >= self.queued_max - self.queued:
+        queued = len(todo) + len(lane.due)
+        if queued >= self.lane_queued_max or queued >= self.queued_max - self.queued:
             return _FULL
-        if retry:
+        if retry or due:
             if self.retries_queued >= self.retries_queued_max:
                 return _FULL
             self.retries_queued += 1
+            if due:
+                self.queued += 1
+                lane.due.append(item)
+                if lane.place is _NOWHERE and lane.busy < window.size:
+                    self._line_up(lane)
+                return _QUEUED
             todo.append(_Retry(item))
         else:
             todo.append(item)
@@ -293,7 +316,7 @@ class Lanes(Generic[T]):
         while ring := self._new or self._old:
             lane = ring.popleft()
             todo, busy, size = lane.todo, lane.busy, lane.window.size
-            if not todo or busy >= size or lane.paused:
+            if not (todo or lane.due) or busy >= size or lane.paused:
                 if lane.place is not _FORGOTTEN:
                     lane.place = _NOWHERE
                 continue
@@ -302,19 +325,26 @@ class Lanes(Generic[T]):
                     self._wait(lane)
                     continue
                 lane.next_at = max(lane.next_at, now - LATE_S) + lane.interval_s
-            entry = todo.popleft()
+            due = lane.due
+            is_due = False
+            if due:
+                is_due = lane.due_next or not todo
+                lane.due_next = not is_due
+            entry = due.popleft() if is_due else todo.popleft()
             lane.busy = busy = busy + 1
             self.queued -= 1
             self.in_flight += 1
-            if todo and busy >= size:
+            if busy >= size and (todo or due):
                 lane.place = _NOWHERE  # blocked: `done` brings it back
             else:
                 lane.place = _OLD  # empty ones too: see "turns" above
                 self._old.append(lane)
-            if isinstance(entry, _Retry):
+            if is_due:
+                self.retries_queued -= 1
+            elif isinstance(entry, _Retry):
                 self.retries_queued -= 1
                 return lane, entry.item
-            return lane, entry
+            return lane, entry  # type: ignore[return-value]  # the queue of retries marks none
         return None
 
     def done(
@@ -333,14 +363,16 @@ class Lanes(Generic[T]):
             self._announce(lane, turn)
             if window.health is _DEAD:
                 return self.release(lane)
-        if lane.place is _NOWHERE and lane.todo and lane.busy < window.size:
+        if lane.place is _NOWHERE and lane.busy < window.size and (lane.todo or lane.due):
             lane.place = _OLD
             self._old.append(lane)
         return None
 
     def release(self, lane: Lane[T]) -> list[T]:
-        """Empty the lane's queue and return it, oldest first."""
-        items: list[T] = []
+        """Empty the lane's queues and return them, each oldest first: the retries, then the others."""
+        items: list[T] = list(lane.due)
+        self.retries_queued -= len(items)
+        lane.due.clear()
         for entry in lane.todo:
             if isinstance(entry, _Retry):
                 self.retries_queued -= 1
@@ -421,8 +453,9 @@ class Lanes(Generic[T]):
         for lane in self._lanes.values():
             _check_lane(lane)
         lanes = self._lanes.values()
-        assert self.queued == sum(len(lane.todo) for lane in lanes), "the queues do not add up"
-        assert self.retries_queued == sum(isinstance(entry, _Retry) for lane in lanes for entry in lane.todo)
+        assert self.queued == sum(lane.queued for lane in lanes), "the queues do not add up"
+        held = sum(isinstance(entry, _Retry) for lane in lanes for entry in lane.todo)
+        assert self.retries_queued == held + sum(len(lane.due) for lane in lanes)
         assert self.in_flight >= sum(lane.busy for lane in lanes), "more is busy than in flight"
         assert self._healths == {health: sum(lane.window.health is health for lane in lanes) for health in Health}
         assert 0 <= self.retries_queued <= min(self.queued, self.retries_queued_max)
@@ -433,12 +466,12 @@ class Lanes(Generic[T]):
 def _check_lane(lane: Lane[T]) -> None:
     assert lane.place is not _FORGOTTEN, f"{lane} is forgotten and known"
     assert lane.busy >= 0, f"{lane} has more results than requests"
-    is_lost = lane.todo and lane.has_room and lane.place is _NOWHERE
+    is_lost = lane.queued and lane.has_room and lane.place is _NOWHERE
     assert not is_lost, f"{lane} could go on and has no place"
     assert lane.place is not _TIMED or lane.interval_s, f"{lane} waits for a rate it does not have"
     if lane.window.health is _DEAD:
         assert lane.window.size == 0, f"{lane} is dead and has room"
-        assert not lane.todo, f"{lane} is dead and has work"
+        assert not lane.queued, f"{lane} is dead and has work"
 
 
 def _interval_s(rate_limit: float | None) -> float:

@@ -4,14 +4,14 @@
 (settled, paused, deleted). A heap costs log n per operation and keeps what was cancelled; a hierarchical wheel stops
 the loop while it cascades (208 ms at a million timers); a wheel with rounds looks at everything again each turn.
 
-**Rule.** A ring of 4096 slots of 250 ms holds what is due within the next 17 minutes and refuses the rest: every
+**Rule.** A ring of 16,384 slots of 62.5 ms holds what is due within the next 17 minutes and refuses the rest: every
 waiting delivery is a row in PostgreSQL anyway, so the database is the overflow wheel. A slot is a dictionary used as
-an ordered set; one 4096-bit integer says which slots are occupied, so the next one is found by a shift and a lowest
+an ordered set; one 16,384-bit integer says which slots are occupied, so the next one is found by a shift and a lowest
 set bit, however far away. A key knows its slot, so cancelling is O(1) too. Keys due in the same tick leave in the
 order they came.
 
 **Invariant.** Never early: a moment becomes a tick by rounding up, the clock by rounding down. At most one tick late,
-plus however late `expire` is called. Every key is in one slot, and its tick lies in `elapsed + 1 … elapsed + 4095`:
+plus however late `expire` is called. Every key is in one slot, and its tick lies in `elapsed + 1 … elapsed + 16,383`:
 the slot of `elapsed` itself is free of others, which is why a slot half handed out can be told from a slot one turn
 later. What `expire` returns has left the wheel before anyone sees it, so the receiver may insert it again.
 
@@ -32,8 +32,8 @@ import sys
 from collections.abc import Hashable, Iterator
 from typing import Final, Generic, TypeVar
 
-TICK_S: Final = 0.25  # a power of two: dividing by it is exact, so rounding means what it says
-SLOTS: Final = 4096  # 17 minutes: the first two retries of the ordinary schedule never leave memory
+TICK_S: Final = 0.0625  # a power of two: dividing by it is exact, so rounding means what it says
+SLOTS: Final = 16_384  # 17 minutes: the first two retries of the ordinary schedule never leave memory
 
 K = TypeVar("K", bound=Hashable)
 

@@ -55,7 +55,10 @@ from dispatcher.model import (
 from dispatcher.telemetry import Telemetry
 
 PULL_BELOW: Final = 64  # whoever has more than this queued is not asked whether it is hungry
-LANE_DUE_MAX: Final = 128  # retries that come due behind a longer queue are held: a lane's part of their room
+LANE_DUE_MAX: Final = 128  # retries that come due behind so many others are held: a lane's part of their room
+# What else is to be done waits behind no more than 4 ms of sending. It pays, too: answers are taken in while the next
+# requests are made (10 endpoints, a drain: 33,000/s; all at once 29,000; 32 at a time 25,000).
+SENDS_PER_TURN: Final = 128
 RELEASE_DELAY_S: Final = 1.0  # our own fault (no file descriptors, …): soon, but not in a spin
 FIRST_KEY: Final = (-1, -1)
 LAST_KEY: Final = (1 << 63, 0)
@@ -237,6 +240,7 @@ class Deliverer:
         self._wall = wall
         self._random = (dice or random.Random()).random  # noqa: S311  spreads load, guards nothing
         self._timer: asyncio.TimerHandle | None = None
+        self._goes_on = False  # the next turn of the loop sends more
         self._idle: asyncio.Event = asyncio.Event()
         self._event_field = f"{header_prefix}Event: "
         self._delivery_field = f"\r\n{header_prefix}Delivery: "
@@ -386,10 +390,12 @@ class Deliverer:
 
         False: its lane cannot take it now. Then a held one stays what it is, and one that came due is held.
         """
-        lane = delivery.subscriber.lane
+        subscriber = delivery.subscriber
+        lane = subscriber.lane
         is_due = delivery.row is Row.DUE
-        if not (is_due and len(lane.todo) >= LANE_DUE_MAX) and (
-            self.lanes.offer(lane, delivery, self._loop.time(), retry=True) is Offer.QUEUED
+        goes_beside = is_due and not subscriber.endpoint.ordered
+        if not (is_due and len(lane.due) >= LANE_DUE_MAX) and (
+            self.lanes.offer(lane, delivery, self._loop.time(), retry=True, due=goes_beside) is Offer.QUEUED
         ):
             self.taken += 1
             self.rows.add(delivery.key)
@@ -441,17 +447,23 @@ class Deliverer:
     # ── out ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def pump(self) -> None:
-        """Send whatever may go now."""
-        if not self.running or self._ledger.full:
+        """Send whatever may go now: some of it at once, the rest in the next turns of the loop."""
+        if self._goes_on or not self.running or self._ledger.full:
             return
         lanes, now = self.lanes, self._loop.time()
         if now > self.valid_until:  # we hung: the lease may be another's by now
             return
+        room = SENDS_PER_TURN
         while (turn := lanes.next(now)) is not None:
             lane, delivery = turn
             delivery.era = lane.window.generation
             self.in_flight[delivery] = None
             self._send(delivery)
+            room -= 1
+            if not room:
+                self._goes_on = True
+                self._loop.call_soon(self._go_on)
+                return
         wake = lanes.next_wake()
         if wake is not None and (self._timer is None or wake < self._timer.when()):
             if self._timer is not None:
@@ -461,6 +473,10 @@ class Deliverer:
     def send_until(self, valid_until: float) -> None:
         """The lease is ours until then, loop time."""
         self.valid_until = valid_until
+        self.pump()
+
+    def _go_on(self) -> None:
+        self._goes_on = False
         self.pump()
 
     def _rated(self) -> None:
@@ -643,9 +659,9 @@ class Deliverer:
         before = self._loop.time() - stalled_s
         for subscriber in self.subscribers.values():
             lane = subscriber.lane
-            if lane.todo and (
+            if lane.queued and (
                 lane.drain_estimate_s() > drain_s
-                or (subscriber.answered_at < before and _is_older(lane.todo[0], before))
+                or (subscriber.answered_at < before and lane.todo and _is_older(lane.todo[0], before))
             ):
                 self._put_back(self.lanes.release(lane))
 
@@ -692,7 +708,7 @@ class Deliverer:
     def troubled(self, most: int) -> list[Subscriber]:
         """The worst webhooks: not ready, or with the longest queues."""
         bad = [s for s in self.subscribers.values() if s.lane.window.health is not Health.READY or s.error or s.backlog]
-        bad.sort(key=lambda s: (s.lane.window.health is Health.READY, -len(s.lane.todo)))
+        bad.sort(key=lambda s: (s.lane.window.health is Health.READY, -s.lane.queued))
         return bad[:most]
 
 

@@ -525,7 +525,7 @@ class Engine:
                 TroubledEndpoint(
                     s.endpoint.public_id,
                     s.lane.window.health.value,
-                    len(s.lane.todo),
+                    s.lane.queued,
                     s.lane.busy,
                     s.lane.window.size,
                     s.backlog,

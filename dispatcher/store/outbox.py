@@ -99,8 +99,9 @@ class OutboxPages:
         if cursor.cur is None:
             if self._read - read_before <= NEAR_ROWS * len(running):
                 oldest = min(running) if running else xmax
-                near = (cursor.prev, oldest, cursor.at_xid, cursor.at_seq, min(since_running, since), limit)
-                header, *rows = await self._first_near.fetch(*near)
+                assert not cursor.at_xid, "a difference that has not begun is read from its beginning"
+                bound = min(since_running, since)
+                header, *rows = await self._first_near.fetch(cursor.prev, oldest, bound, limit)
             else:
                 header, *rows = await self._first.fetch(*bounds)
             cur, cur_at, registry = header[0], header[1], header[2]

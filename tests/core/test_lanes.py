@@ -68,12 +68,65 @@ def test_lanes_with_a_backlog_take_turns_of_one() -> None:
     assert list(turns(lanes)) == ["1.0", "2.0", "3.0", "1.1", "2.1", "3.1", "1.2", "2.2", "3.2"]
 
 
-def test_a_lane_is_first_in_first_out_retries_included() -> None:
+def test_a_lane_is_first_in_first_out_what_was_held_included() -> None:
     lanes = make()
     lane = lanes.lane(1, limit=16)
     for number in range(4):
         lanes.offer(lane, f"{number}", NOW, retry=number % 2 == 1)
     assert list(turns(lanes)) == ["0", "1", "2", "3"]
+
+
+def test_a_first_attempt_stands_behind_no_more_than_one_of_its_endpoints_retries() -> None:
+    lanes = make()
+    lane = lanes.lane(1, limit=16)
+    for number in range(5):
+        lanes.offer(lane, f"due {number}", NOW, due=True)
+    assert lanes.next(NOW) == (lane, "due 0")
+    for number in range(3):
+        lanes.offer(lane, f"first {number}", NOW)
+    finish(lanes, lane)
+    taken = []
+    while turn := lanes.next(NOW):
+        taken.append(turn[1])
+        finish(lanes, lane)
+    assert taken == ["first 0", "due 1", "first 1", "due 2", "first 2", "due 3", "due 4"]
+    lanes.check()
+
+
+def test_a_first_attempt_goes_ahead_of_other_endpoints_retries() -> None:
+    lanes = make()
+    for key in (1, 2, 3):
+        lanes.offer(lanes.lane(key, limit=16), f"due {key}", NOW, due=True)
+    fill(lanes, 4, 1)
+    assert list(turns(lanes)) == ["4.0", "due 1", "due 2", "due 3"]
+
+
+def test_retries_are_not_starved_by_endpoints_that_are_always_fresh() -> None:
+    lanes = make()
+    lanes.offer(lanes.lane(0, limit=16), "due", NOW, due=True)
+    served = []
+    for number in range(20):
+        lane = lanes.lane(1 + number % 2, limit=16)
+        lanes.offer(lane, "fresh", NOW)
+        taken, item = lanes.next(NOW) or pytest.fail("work is waiting")
+        served.append(item)
+        finish(lanes, taken)
+    assert served.index("due") <= 3
+
+
+def test_both_queues_of_a_lane_share_its_bounds_and_leave_together() -> None:
+    lanes = make(lane_queued_max=4, retries_queued_max=3)
+    lane = lanes.lane(1, limit=16)
+    for item, due in (("a", False), ("b", True), ("c", False), ("d", True)):
+        assert lanes.offer(lane, item, NOW, due=due) is Offer.QUEUED
+    assert lanes.offer(lane, "e", NOW, due=True) is Offer.FULL
+    assert (lane.queued, lanes.queued, lanes.retries_queued) == (4, 4, 2)
+    other = lanes.lane(2, limit=16)
+    assert lanes.offer(other, "f", NOW, retry=True) is Offer.QUEUED
+    assert lanes.offer(other, "g", NOW, due=True) is Offer.FULL
+    assert lanes.release(lane) == ["b", "d", "a", "c"]
+    assert (lane.queued, lanes.queued, lanes.retries_queued) == (0, 1, 1)
+    lanes.check()
 
 
 def test_one_event_of_a_quiet_endpoint_goes_ahead_of_another_ones_backlog() -> None:
@@ -595,7 +648,9 @@ class AgainstQueues(RuleBasedStateMachine):
     def start(self) -> None:
         self.lanes = Lanes[int](queued_max=25, lane_queued_max=8, retries_queued_max=5, in_flight_max=9)
         self.now = NOW
-        self.queues: dict[int, list[tuple[int, bool]]] = {}
+        self.queues: dict[int, list[tuple[int, bool]]] = {}  # item, whether it counts as a retry
+        self.dues: dict[int, list[int]] = {}
+        self.due_next: dict[Lane[int], bool] = {}
         self.in_flight: list[tuple[Lane[int], int]] = []  # lane, generation
         self.offered = self.finished = self.released = 0
         # For each lane that may start: who had a turn while it could have had one.
@@ -603,30 +658,47 @@ class AgainstQueues(RuleBasedStateMachine):
 
     def lane(self, key: int) -> Lane[int]:
         self.queues.setdefault(key, [])
+        self.dues.setdefault(key, [])
         settings = [(4, None), (16, None), (16, None), (1, None), (16, 0.5), (16, 20.0)][key]
         return self.lanes.lane(key, limit=settings[0], rate_limit=settings[1], ordered=key == 3)
 
     def may_start(self, lane: Lane[int]) -> bool:
-        room = len(self.queues[lane.key]) > 0 and lane.busy < lane.window.size and not lane.paused
+        room = self.length(lane.key) > 0 and lane.busy < lane.window.size and not lane.paused
         return room and (not lane.interval_s or lane.next_at <= self.now)
 
-    def take_released(self, key: int, items: list[int]) -> None:
-        assert items == [item for item, _ in self.queues[key]]
-        self.released += len(items)
-        self.queues[key] = []
+    def length(self, key: int) -> int:
+        return len(self.queues[key]) + len(self.dues[key])
 
-    @rule(key=keys, retry=st.booleans(), times=st.integers(1, 4))
-    def offer(self, key: int, retry: bool, times: int) -> None:
+    def take_released(self, key: int, items: list[int]) -> None:
+        assert items == self.dues[key] + [item for item, _ in self.queues[key]]
+        self.released += len(items)
+        self.queues[key], self.dues[key] = [], []
+
+    def taken_by(self, lane: Lane[int]) -> int:
+        """What the lane's turn brings: a retry after a first attempt and the other way round, if there are both."""
+        queue, dues = self.queues[lane.key], self.dues[lane.key]
+        if not dues:
+            return queue.pop(0)[0]
+        is_due = not queue or self.due_next.get(lane, False)
+        self.due_next[lane] = not is_due
+        return dues.pop(0) if is_due else queue.pop(0)[0]
+
+    @rule(key=keys, retry=st.booleans(), due=st.booleans(), times=st.integers(1, 4))
+    def offer(self, key: int, retry: bool, due: bool, times: int) -> None:
         for _ in range(times):
             lane, queue = self.lane(key), self.queues[key]
             retries = sum(is_retry for entries in self.queues.values() for _, is_retry in entries)
-            left = 25 - sum(map(len, self.queues.values()))
-            is_full = len(queue) >= min(8, left) or (retry and retries >= 5)
+            retries += sum(map(len, self.dues.values()))
+            left = 25 - sum(map(self.length, self.queues))
+            is_full = self.length(key) >= min(8, left) or ((retry or due) and retries >= 5)
             is_dead = lane.window.health is Health.DEAD and self.now < lane.window.dead_until
             expected = Offer.HELD if lane.paused else Offer.DEAD if is_dead else Offer.FULL if is_full else Offer.QUEUED
-            assert self.lanes.offer(lane, self.offered, self.now, retry) is expected
+            assert self.lanes.offer(lane, self.offered, self.now, retry, due) is expected
             if expected is Offer.QUEUED:
-                queue.append((self.offered, retry))
+                if due:
+                    self.dues[key].append(self.offered)
+                else:
+                    queue.append((self.offered, retry))
                 self.offered += 1
 
     @rule(times=st.integers(1, 6))
@@ -639,7 +711,7 @@ class AgainstQueues(RuleBasedStateMachine):
                 return
             lane, item = taken
             assert lane in ready
-            assert item == self.queues[lane.key].pop(0)[0]
+            assert item == self.taken_by(lane)
             self.in_flight.append((lane, lane.window.generation))
             self.note_turn(lane)
             self.note_waiting()
@@ -691,7 +763,7 @@ class AgainstQueues(RuleBasedStateMachine):
     @rule(lanes_max=st.integers(1, 7))
     def sweep(self, lanes_max: int) -> None:
         for key in self.lanes.sweep(self.now, lanes_max):
-            assert self.queues[key] == []
+            assert self.length(key) == 0
 
     @rule(seconds=st.sampled_from([0.001, 0.05, 0.3, 2.0, 5.0]))
     def wait(self, seconds: float) -> None:
@@ -715,11 +787,11 @@ class AgainstQueues(RuleBasedStateMachine):
         self.lanes.check()
         self.note_waiting()
         assert self.lanes.in_flight == len(self.in_flight)
-        assert self.lanes.queued == sum(map(len, self.queues.values()))
+        assert self.lanes.queued == sum(map(self.length, self.queues))
         assert self.offered == self.lanes.queued + self.lanes.in_flight + self.finished + self.released
-        for key, queue in self.queues.items():
+        for key in self.queues:
             lane = self.lanes.find(key)
-            assert (len(lane.todo) if lane else 0) == len(queue)
+            assert (lane.queued if lane else 0) == self.length(key)
             assert lane is None or lane.busy == sum(flight[0] is lane for flight in self.in_flight)
 
 

@@ -276,7 +276,11 @@ class Desk:
     def check(self) -> None:
         self.lanes.check()
         assert self.deliverer.balance == 0, "deliveries nobody can account for"
-        queued = [getattr(entry, "item", entry) for s in self.deliverer.subscribers.values() for entry in s.lane.todo]
+        queued = [
+            getattr(entry, "item", entry)
+            for s in self.deliverer.subscribers.values()
+            for entry in (*s.lane.due, *s.lane.todo)
+        ]
         keys = [delivery.key for delivery in (*queued, *self.deliverer.in_flight)]
         assert len(set(keys)) == len(keys), "a delivery has two owners"
         recalled = {d.key for d in (*queued, *self.deliverer.in_flight) if d.row is not Row.NONE}

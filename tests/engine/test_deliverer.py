@@ -10,7 +10,7 @@ import pytest
 from desk import Desk, endpoint
 
 from dispatcher.core.window import Health
-from dispatcher.engine.deliverer import LANE_DUE_MAX, Row
+from dispatcher.engine.deliverer import LANE_DUE_MAX, SENDS_PER_TURN, Row
 from dispatcher.engine.ledger import HELD_UNTIL
 from dispatcher.model import EndpointStatus
 
@@ -217,19 +217,61 @@ def desk_time(in_s: float):  # type: ignore[no-untyped-def]
     return EPOCH + timedelta(seconds=1000.0 + in_s)
 
 
-async def test_retries_that_come_due_behind_a_long_queue_are_held() -> None:
-    desk = Desk(endpoint(1, max_concurrency=1, schedule_s=(1.0,)))
-    desk.emit()
-    desk.answer(next(iter(desk.out)), 500)
-    for _ in range(LANE_DUE_MAX + 2):
+async def test_retries_that_come_due_behind_many_others_are_held() -> None:
+    desk = Desk(endpoint(1, max_concurrency=1, schedule_s=(100.0,)), queued_max=4000)
+    for _ in range(LANE_DUE_MAX + 3):
         desk.emit()
+    while desk.out:
+        desk.answer(next(iter(desk.out)), 500)
     await desk.flush()
-    desk.clock.advance(2.0)
+    desk.clock.advance(101.0)
     await desk.retries.turn()
     await desk.flush()
-    assert desk.shelf.rows[1, 1, 0][7] is HELD_UNTIL
+    assert len(desk.deliverer.subscribers[1].lane.due) == LANE_DUE_MAX
+    held = [key[1] for key, row in desk.shelf.rows.items() if row[7] is HELD_UNTIL]
+    assert held == [LANE_DUE_MAX + 2, LANE_DUE_MAX + 3], "one is out"
     await desk.settle()
     desk.check_settled()
+
+
+async def test_first_attempt_does_not_stand_behind_the_retries_of_its_webhook() -> None:
+    desk = Desk(endpoint(1, max_concurrency=1, schedule_s=(100.0,)))
+    for _ in range(20):
+        desk.emit()
+    while desk.out:
+        desk.answer(next(iter(desk.out)), 500)
+    await desk.flush()
+    desk.clock.advance(101.0)
+    await desk.retries.turn()
+    new = desk.emit()
+    desk.sent.clear()
+    for _ in range(2):
+        desk.answer(next(iter(desk.out)), 200)
+    assert (1, new) in desk.sent
+    await desk.settle()
+    desk.check_settled()
+
+
+async def test_one_turn_of_the_loop_sends_a_bounded_number_and_the_next_ones_the_rest() -> None:
+    desk = Desk(*[endpoint(number, max_concurrency=1) for number in range(1, 301)], in_flight_max=500)
+    desk.emit()
+    assert len(desk.out) == SENDS_PER_TURN
+    desk.answer(next(iter(desk.out)), 200)
+    desk.deliverer.pump()
+    assert len(desk.sent) == SENDS_PER_TURN, "what goes on already is not begun a second time"
+    desk.clock.advance(0.0)
+    assert sorted(desk.sent) == [(number, 1) for number in range(1, 301)]
+    await desk.settle()
+    desk.check_settled()
+
+
+async def test_shard_that_is_lost_while_sending_sends_no_more() -> None:
+    desk = Desk(*[endpoint(number, max_concurrency=1) for number in range(1, 301)], in_flight_max=500)
+    desk.emit()
+    desk.deliverer.running = False
+    desk.deliverer.drop_queued()
+    desk.clock.advance(1.0)
+    assert len(desk.sent) == SENDS_PER_TURN
 
 
 async def test_engine_that_lost_the_shard_takes_no_more_results() -> None:

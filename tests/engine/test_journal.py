@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from house import IDS, Arrival, House, until
 
 from dispatcher.config import Log
+from dispatcher.engine.journal import LINES_PER_S, Journal
 from dispatcher.logs import start_logging
+from dispatcher.model import Attempt, Result
 
 KEYS = [
     "timestamp", "level", "event", "logger", "account", "webhook", "delivery", "event_id", "type", "attempt", "result",
@@ -166,3 +169,26 @@ async def test_replay_of_an_event_belongs_to_its_trace(house: House) -> None:
     await house.start()
     await until(lambda: house.settled(2))
     assert traces(house.receiver.arrivals) == [TRACE, TRACE]
+
+
+# ── many lines ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_second_has_a_thousand_lines_and_the_next_one_says_how_many_it_had_besides(log_stream: io.StringIO) -> None:
+    start_logging(Log(format="json"), log_stream)
+    now = 100.0
+    journal = Journal(IDS, clock=lambda: now)
+    subscriber = SimpleNamespace(endpoint=SimpleNamespace(id=1, account="default", public_id="wh_1"))
+    payload = SimpleNamespace(event_id="evt_1", type="test.event")
+    delivery: Any = SimpleNamespace(
+        subscriber=subscriber, generation=0, event=SimpleNamespace(seq=1, payload=payload, traceparent=None)
+    )
+    for _ in range(LINES_PER_S + 7):
+        journal.failed(delivery, Attempt(Result.TIMEOUT), "exhausted", 1, None)
+    assert len(of_deliveries(log_stream)) == LINES_PER_S
+    now += 1.0
+    for _ in range(2):
+        journal.failed(delivery, Attempt(Result.TIMEOUT), "exhausted", 1, None)
+    told, first, second = of_deliveries(log_stream)[LINES_PER_S:]
+    assert (told["event"], told["level"], told["lines"]) == ("delivery.unlogged", "warning", 7)
+    assert [first["event"], second["event"]] == ["delivery.exhausted"] * 2

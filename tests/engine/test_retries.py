@@ -6,13 +6,14 @@ import asyncio
 import itertools
 from collections import Counter
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from desk import EPOCH, Desk, endpoint
 from house import Arrival, House, until
 
 from dispatcher.engine import retries
-from dispatcher.model import EndpointStatus
+from dispatcher.model import DeliveryKey, EndpointStatus
 
 
 async def test_attempts_follow_the_schedule_with_the_same_bytes_and_are_never_early(house: House) -> None:
@@ -206,6 +207,7 @@ async def test_hungry_webhooks_take_turns() -> None:
         desk.set(n, status=EndpointStatus.ACTIVE)
     for _ in range(3):
         await desk.retries.turn_backlogs()
+        desk.clock.advance(0.0)
     assert {number for number, _ in desk.sent} == set(range(1, many + 1))
 
 
@@ -357,3 +359,71 @@ async def test_retries_that_come_due_during_a_pause_are_held_until_the_webhook_i
     await house.change(webhook, status="active")
     await until(lambda: house.settled(20))
     assert [arrival.attempt for arrival in house.receiver.arrivals[20:]] == [2] * 20
+
+
+# ── storms ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _storm(monkeypatch: pytest.MonkeyPatch, *, beside: bool) -> tuple[list[int], list[float]]:
+    """Two hundred retries come due at once; return how many each step fetched, and how long was rested."""
+    desk = Desk(*[endpoint(number, schedule_s=(30.0,)) for number in range(1, 201)], in_flight_max=500)
+    desk.emit()
+    while desk.out:
+        desk.answer(next(iter(desk.out)), 500)
+        desk.clock.advance(0.0)
+    await desk.flush()
+    await desk.retries.turn()
+    desk.clock.advance(31.0)
+    steps: list[int] = []
+    rests: list[float] = []
+    fetch, sleep = desk.shelf.fetch, asyncio.sleep
+
+    async def fetching(keys: list[DeliveryKey]) -> list[Any]:
+        steps.append(len(keys))
+        desk.clock.advance(0.003)
+        desk.telemetry.read += beside
+        return await fetch(keys)
+
+    async def sleeping(seconds: float) -> None:
+        if seconds:
+            rests.append(seconds)
+        desk.clock.advance(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(desk.shelf, "fetch", fetching)
+    monkeypatch.setattr(retries.asyncio, "sleep", sleeping)
+    desk.telemetry.read += beside
+    await desk.retries.turn()
+    monkeypatch.undo()
+    assert len(desk.sent) == 400
+    await desk.settle()
+    desk.check_settled()
+    return steps, rests
+
+
+async def test_storm_beside_first_attempts_takes_short_steps_and_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, rests = await _storm(monkeypatch, beside=True)
+    assert sum(steps) == 200
+    assert max(steps) == retries.STEP_ROWS_BESIDE
+    assert rests == pytest.approx([0.003] * len(steps))
+
+
+async def test_storm_with_nobody_to_disturb_goes_as_fast_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert await _storm(monkeypatch, beside=False) == ([retries.STEP_ROWS] * 2, [])
+
+
+async def test_clock_sleeps_until_something_is_due_and_a_quarter_of_a_second_at_most() -> None:
+    desk = Desk(endpoint(1, schedule_s=(0.6,)))
+    await desk.retries.turn()
+    assert desk.retries._until_next() == retries.TURN_S
+    desk.emit()
+    desk.answer(next(iter(desk.out)), 500)
+    await desk.flush()
+    waits = []
+    while len(desk.sent) < 2:
+        waits.append(desk.retries._until_next())
+        desk.clock.advance(waits[-1])
+        await desk.retries.turn()
+    assert waits == [0.25, 0.25, 0.125], "0.6 s, and not a tick more"
+    await desk.settle()
+    desk.check_settled()

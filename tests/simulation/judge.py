@@ -128,7 +128,11 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
             deliverer.lanes.check()
         except AssertionError as error:
             self.fail(f"{daemon}: {error}")
-        queued = [getattr(entry, "item", entry) for s in deliverer.subscribers.values() for entry in s.lane.todo]
+        queued = [
+            getattr(entry, "item", entry)
+            for s in deliverer.subscribers.values()
+            for entry in (*s.lane.due, *s.lane.todo)
+        ]
         owned = [*queued, *deliverer.in_flight]
         keys = {delivery.key for delivery in owned}
         if len(keys) != len(owned):

@@ -526,9 +526,9 @@ def _first_page(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[A
 
 @_reads("outbox", "first_page_near")
 def _first_page_near(server: ModelPostgres, backend: Backend, *bounds: Any) -> list[Any]:
-    prev, oldest, at_xid, at_seq, since, limit = bounds
+    prev, oldest, since, limit = bounds
     header = (server.snapshot(), server.clock(), server.registry_version, *(None,) * 9)
-    found = _difference(server, (), oldest, (at_xid, at_seq), (since, since))
+    found = _difference(server, (), oldest, (0, 0), (since, since))
     unread = (event for event in found if not server.visible(event.xid, prev))
     return [header, *((None, None, None, *event.columns) for event, _ in zip(unread, range(limit), strict=False))]
 

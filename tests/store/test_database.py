@@ -108,6 +108,17 @@ async def test_statements_of_the_engine_scan_and_sort_no_table(engine_db: Any, f
         assert "Index" in plan, plan
 
 
+async def test_poll_reads_nothing_of_what_the_day_brought_before(engine_db: Any) -> None:
+    await engine_db.execute(
+        "INSERT INTO dispatcher.outbox (type, data) SELECT 'a.b', '{}' FROM generate_series(1, 20000)"
+    )
+    xmax = await engine_db.fetchval("SELECT pg_snapshot_xmax(pg_current_snapshot())")
+    await engine_db.execute(f"PREPARE poll AS {statements('outbox')['first_page_quiet']}")
+    explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE poll('{xmax}', '0', 0, '2000-01-01', 500)"
+    [plan] = json.loads(await engine_db.fetchval(explain))
+    assert plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"] < 40
+
+
 # ── what applications do ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -34,14 +34,13 @@ UNION ALL
 
 -- name: first_page_near
 -- The same in one scan of the index, for when nothing was in progress in `prev` ($1) or hardly anything was read of what is younger
--- than the oldest that was ($2): what is read already is left out one by one. $3 to $6 are $3, $4, $6, $7 there.
+-- than the oldest that was ($2): what is read already is left out one by one. $3 and $4 are $6 and $7 there.
 /* _header */
 UNION ALL
 (SELECT NULL, NULL, NULL, /* _event */ FROM (
     SELECT * FROM dispatcher.outbox
-    WHERE (xid, seq) > (greatest($3::xid8, $2::xid8), CASE WHEN $3::xid8 >= $2::xid8 THEN $4::bigint ELSE 0 END) AND written_at >= $5
-      AND NOT pg_visible_in_snapshot(xid, $1::pg_snapshot)
-    ORDER BY xid, seq LIMIT $6) AS page);
+    WHERE xid >= $2::xid8 AND written_at >= $3 AND NOT pg_visible_in_snapshot(xid, $1::pg_snapshot)
+    ORDER BY xid, seq LIMIT $4) AS page);
 
 -- name: next_page
 -- A further page of a difference that did not fit into one: what is visible in its end, the snapshot $8.
