@@ -253,7 +253,7 @@ async def test_what_a_restored_cursor_does_not_see_was_written_after_its_time(da
     """Or it would be taken for a row that came with the restore, and lost."""
     application = await asyncpg.connect(database)
     connection = await connect(database, name="reader", engine=True)
-    anything: Any = types.SimpleNamespace(match=lambda *_: [], version=1)
+    anything: Any = types.SimpleNamespace(match=lambda *_: [], all_since=0, version=1)
     nothing: Any = None
     reader = OutboxReader(
         Interrupted(connection, application),
