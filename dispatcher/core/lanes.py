@@ -154,12 +154,13 @@ class Lane(Generic[T]):
         average = self.latency_s
         self.latency_s = average + (duration_s - average) * LATENCY_SHARE if average else duration_s
 
-    def drain_estimate_s(self) -> float:
+    def drain_estimate_s(self, waited_s: float = LATENCY_START_S) -> float:
         """Return about how long the queue as it stands takes, from what attempts took so far.
 
-        It looks back: an endpoint that began to hang a second ago still looks fast, so whoever waits bounds the wait.
+        Before the first result they are taken to last as long as the caller has waited for it, `waited_s`. It looks
+        back: an endpoint that began to hang a second ago still looks fast, so whoever waits bounds the wait.
         """
-        each_s = (self.latency_s or LATENCY_START_S) / max(1, self.window.size)
+        each_s = (self.latency_s or waited_s) / max(1, self.window.size)
         return self.queued * max(each_s, self.interval_s)
 
     def __repr__(self) -> str:

@@ -660,10 +660,15 @@ class Deliverer:
         for subscriber in self.subscribers.values():
             lane = subscriber.lane
             if lane.queued and (
-                lane.drain_estimate_s() > drain_s
+                self.drain_estimate_s(lane) > drain_s
                 or (subscriber.answered_at < before and lane.todo and _is_older(lane.todo[0], before))
             ):
                 self._put_back(self.lanes.release(lane))
+
+    def drain_estimate_s(self, lane: Lane[Delivery]) -> float:
+        """About how long a lane's queue takes. Who never answered may yet be fast, as long as that is a moment ago."""
+        page = getattr(lane.todo[0], "page", None) if lane.todo else None
+        return lane.drain_estimate_s() if page is None else lane.drain_estimate_s(self._loop.time() - page.read_at)
 
     def drop_queued(self) -> None:
         """Empty all lanes without a trace: outbox and pending rows will be read again."""

@@ -307,7 +307,7 @@ class OutboxReader:
             not subscriber.backlog
             and lane.queued >= lanes.room_for_lane
             and lane.window.size > 0
-            and lane.drain_estimate_s() < FAST_LANE_S
+            and self._deliverer.drain_estimate_s(lane) < FAST_LANE_S
         )
 
     async def _wait_for_lane(self, subscriber: Subscriber) -> None:
