@@ -14,7 +14,7 @@ from house import House, until
 from dispatcher.engine.engine import Engine
 from dispatcher.engine.outbox import OutboxReader
 from dispatcher.store.database import connect
-from dispatcher.store.outbox import BEGINNING, Cursor, OutboxPages
+from dispatcher.store.outbox import BEGINNING, NEAR_ROWS, Cursor, OutboxPages
 
 INSERT = "INSERT INTO dispatcher.outbox (type, data) VALUES ('test.event', '{}') RETURNING id"
 
@@ -247,6 +247,51 @@ class Interrupted:
         row = await self._connection.fetchrow(*statement)
         await self._application.fetchval(INSERT)
         return row
+
+
+class Counted:
+    """A prepared statement that says how often it was asked."""
+
+    def __init__(self, statement: Any) -> None:
+        self._statement = statement
+        self.asked = 0
+
+    async def fetch(self, *arguments: Any) -> Any:
+        self.asked += 1
+        return await self._statement.fetch(*arguments)
+
+
+async def test_beside_an_open_transaction_nothing_is_read_again_and_again(database: str) -> None:
+    """One scan from the oldest open one on, but only while little was read of what is younger."""
+    reading = Reading(database, 500)
+    await reading.start()
+    pages = reading._pages
+    near, far = pages._first_near, pages._first = Counted(pages._first_near), Counted(pages._first)
+    pages._first_near = near
+    old, young = await asyncpg.connect(database), await asyncpg.connect(database)
+    insert = "INSERT INTO dispatcher.outbox (id, type, data) VALUES ($1, 'a.b', '{}')"
+    await reading.catch_up()
+    held = old.transaction()
+    await held.start()
+    await old.execute(insert, "evt_old")
+    await reading.catch_up()
+    ids = [f"evt_{n}" for n in range(NEAR_ROWS + 10)]
+    for n, id_ in enumerate(ids):
+        await young.execute(insert, id_)
+        await reading.catch_up()
+        assert reading.seen == ids[: n + 1]
+    assert far.asked == 9, "from the first poll that would have read more than NEAR_ROWS once more"
+    await held.commit()
+    await reading.catch_up()
+    assert reading.seen == [*ids, "evt_old"]
+    asked = far.asked
+    await young.execute(insert, "evt_last")
+    await reading.catch_up()
+    await reading.catch_up()
+    assert far.asked == asked, "nothing is open any more"
+    assert reading.seen[-1] == "evt_last"
+    for each in (old, young, reading.connection):
+        await each.close()
 
 
 async def test_what_a_restored_cursor_does_not_see_was_written_after_its_time(database: str) -> None:
