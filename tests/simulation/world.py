@@ -41,6 +41,7 @@ from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.shards import Moves
 from dispatcher.engine.engine import Engine, EngineSettings
 from dispatcher.engine.fleet import Fleet
+from dispatcher.engine.outbox import SAFETY_S
 from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.model import BodyStyle
 from dispatcher.store.database import statements
@@ -590,6 +591,8 @@ class World:
         if not victims:
             return
         victim, how = self.dice.choice(victims), self.dice.choice(("both", "server", "silent"))
+        if how == "silent" and victim.name == "reader" and self.plan.safety_s[0] > SAFETY_S[1]:
+            how = "both"  # who only hears finds its line dead by the safety poll, which this world does without
         self.note("cut", f"{victim} of {victim.backend.owner} {how}")
         match how:
             case "both":
