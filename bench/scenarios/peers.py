@@ -89,7 +89,7 @@ class Worker(Daemon):
     """A peer's worker, in the daemon's place."""
 
     def __init__(self, peer: Peer, receiver: str, environment: dict[str, str], log: Path) -> None:
-        super().__init__(log, "", log)
+        super().__init__(log, "", "", log)
         self._peer, self._receiver, self._environment = peer, receiver, environment
 
     async def start(self) -> None:
