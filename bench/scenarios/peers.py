@@ -1,7 +1,7 @@
 """The same drain on other people's queues, on the same PostgreSQL and against the same receiver.
 
 Each gets its own database, its jobs are enqueued before its worker starts, and every job signs and posts a body of
-the same size. The settings are the best that were found and stand at the top of each file in `bench/peers/`. They
+the same size. All take turns, so that what drifts, drifts for all, and each is judged by its best. The settings are the best that were found and stand at the top of each file in `bench/peers/`. They
 keep no log of attempts and no limits per endpoint, so they do less than the dispatcher here.
 
 What is missing is installed, once and only when this scenario is asked for, below the user's cache directory
@@ -30,6 +30,7 @@ QUESTION = "how do other queues on PostgreSQL do on the same drain?"
 OPTIONS = (
     Option("events", 50_000, 500, "deliveries for each"),
     Option("endpoints", 10, 10, "webhooks"),
+    Option("rounds", 2, 1, "turns of each"),
     Option("which", "pgqueuer,procrastinate,graphile,pgboss", "pgqueuer,procrastinate,graphile,pgboss", "peers"),
 )
 HERE: Final = machine.ROOT / "bench" / "peers"
@@ -108,18 +109,42 @@ class Worker(Daemon):
 
 
 async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
-    """Ours, then each of them."""
-    events, endpoints = sizes["events"], sizes["endpoints"]
-    ours = await drain(lab, report, "dispatcher", events, endpoints)
-    best = 0.0
-    for name in sizes["which"].split(","):
-        peer = PEERS[name]
-        if missing := await _install(lab, peer):
-            report.note(f"{peer.name} left out: {missing}")
-            continue
-        best = max(best, await _drain(lab, report, peer, events, endpoints))
-    if best:
-        report.bar("times the fastest peer", ours["deliveries/s"] / best, at_least=1)
+    """Ours and each of them, in turns."""
+    events, endpoints, rounds = sizes["events"], sizes["endpoints"], sizes["rounds"]
+    peers: dict[str, Peer] = {}
+    for key in sizes["which"].split(","):
+        if missing := await _install(lab, PEERS[key]):
+            report.note(f"{PEERS[key].name} left out: {missing}")
+        else:
+            peers[key] = PEERS[key]
+    ours: list[dict[str, Any]] = []
+    theirs: dict[str, list[dict[str, Any]]] = {key: [] for key in peers}
+    for turn in range(1, rounds + 1):
+        ours.append(await drain(lab, report, _turn("dispatcher", turn, rounds), events, endpoints))
+        for key, peer in peers.items():
+            theirs[key].append(await _drain(lab, report, peer, _turn(peer.name, turn, rounds), events, endpoints))
+    _judge(report, ours, theirs)
+
+
+def _turn(name: str, turn: int, rounds: int) -> str:
+    return name if rounds == 1 else f"{name}, turn {turn}"
+
+
+def _judge(report: Report, ours: list[dict[str, Any]], theirs: dict[str, list[dict[str, Any]]]) -> None:
+    rates = {key: max(row["deliveries/s"] for row in rows) for key, rows in theirs.items()}
+    rate = max(row["deliveries/s"] for row in ours)
+    if "pgqueuer" in rates:
+        report.bar("times pgqueuer", rate / rates["pgqueuer"], at_least=6)
+    if "graphile" in rates:
+        report.bar("times graphile-worker", rate / rates["graphile"], at_least=2, stretch=3)
+        own, other = _cpu_us(ours), _cpu_us(theirs["graphile"])
+        report.bar("CPU per delivery, in proportion to graphile-worker", own and other and own / other, at_most=0.5)
+
+
+def _cpu_us(rows: list[dict[str, Any]]) -> float | None:
+    """Worker and PostgreSQL together, in the best turn."""
+    known = [row["daemon µs"] + row["PostgreSQL µs"] for row in rows if row["daemon µs"] and row["PostgreSQL µs"]]
+    return min(known, default=None)
 
 
 async def _install(lab: Lab, peer: Peer) -> str:
@@ -154,8 +179,8 @@ async def _finish(command: tuple[str, ...], environment: dict[str, str], directo
     return complaints.decode(errors="replace")[-500:].strip() or "failed" if process.returncode else ""
 
 
-async def _drain(lab: Lab, report: Report, peer: Peer, events: int, endpoints: int) -> float:
-    async with lab.cell(peer.name, events=events, endpoints=0) as cell:
+async def _drain(lab: Lab, report: Report, peer: Peer, name: str, events: int, endpoints: int) -> dict[str, Any]:
+    async with lab.cell(name, events=events, endpoints=0) as cell:
         environment = {**os.environ, **postgres_variables(cell.dsn)}
         enqueued = await _fill(lab, peer, environment, events, endpoints)
         now = time.monotonic_ns()
@@ -164,12 +189,12 @@ async def _drain(lab: Lab, report: Report, peer: Peer, events: int, endpoints: i
         cell.daemon = Worker(peer, lab.receiver_address, environment, cell.directory / "worker.log")
         await cell.daemon.start()
         await cell.arrived(events)
-        rate = _row(cell, report, peer)
+        values = _row(cell, report, name)
         await cell.daemon.kill()
-        report.close_books(peer.name, cell.ledger.balance(range(events), enqueued))
+        report.close_books(name, cell.ledger.balance(range(events), enqueued))
         if cell.ledger.distinct < events:
-            report.note(f"{peer.name}: {cell.daemon.log.read_text(errors='replace')[-500:]}")
-    return rate
+            report.note(f"{name}: {cell.daemon.log.read_text(errors='replace')[-500:]}")
+    return values
 
 
 async def _fill(lab: Lab, peer: Peer, environment: dict[str, str], events: int, endpoints: int) -> int:
@@ -186,15 +211,15 @@ async def _fill(lab: Lab, peer: Peer, environment: dict[str, str], events: int, 
     return int(said.split()[-1])
 
 
-def _row(cell: Cell, report: Report, peer: Peer) -> float:
+def _row(cell: Cell, report: Report, name: str) -> dict[str, Any]:
     steady = cell.meter.steady()
     values: dict[str, Any] = {
         "deliveries/s": steady.rate,
         **steady.per(steady.requests),
         "RSS MB": cell.meter.rss_max_mb,
     }
-    report.row(peer.name, values)
-    return steady.rate
+    report.row(name, values)
+    return values
 
 
 def postgres_variables(dsn: str) -> dict[str, str]:
