@@ -1,8 +1,9 @@
 """The same drain on other people's queues, on the same PostgreSQL and against the same receiver.
 
 Each gets its own database, its jobs are enqueued before its worker starts, and every job signs and posts a body of
-the same size. All take turns, so that what drifts, drifts for all, and each is judged by its best. The settings are the best that were found and stand at the top of each file in `bench/peers/`. They
-keep no log of attempts and no limits per endpoint, so they do less than the dispatcher here.
+the same size. All take turns, so that what drifts, drifts for all, and each is judged by its best. The settings are
+the best that were found and stand at the top of each file in `bench/peers/`. They keep no log of attempts and no
+limits per endpoint, so they do less than the dispatcher here.
 
 What is missing is installed, once and only when this scenario is asked for, below the user's cache directory
 (`$XDG_CACHE_HOME/trackpost-bench`), never into this tree or its environment.
@@ -122,7 +123,8 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
     for turn in range(1, rounds + 1):
         ours.append(await drain(lab, report, _turn("dispatcher", turn, rounds), events, endpoints))
         for key, peer in peers.items():
-            theirs[key].append(await _drain(lab, report, peer, _turn(peer.name, turn, rounds), events, endpoints))
+            name = _turn(peer.name, turn, rounds)
+            theirs[key].append(await _drain(lab, report, peer, name=name, events=events, endpoints=endpoints))
     _judge(report, ours, theirs)
 
 
@@ -179,7 +181,7 @@ async def _finish(command: tuple[str, ...], environment: dict[str, str], directo
     return complaints.decode(errors="replace")[-500:].strip() or "failed" if process.returncode else ""
 
 
-async def _drain(lab: Lab, report: Report, peer: Peer, name: str, events: int, endpoints: int) -> dict[str, Any]:
+async def _drain(lab: Lab, report: Report, peer: Peer, *, name: str, events: int, endpoints: int) -> dict[str, Any]:
     async with lab.cell(name, events=events, endpoints=0) as cell:
         environment = {**os.environ, **postgres_variables(cell.dsn)}
         enqueued = await _fill(lab, peer, environment, events, endpoints)
