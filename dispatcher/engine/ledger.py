@@ -41,6 +41,8 @@ HELD_UNTIL: Final = datetime.max  # noqa: DTZ901
 
 BATCH_ROWS_MAX: Final = 1000  # 2 µs a row in PostgreSQL: 2-3 ms, short beside the fsync it shares
 DELAY_S: Final = 0.050  # what a row may wait for company: at 200 rows/s ten share a flush and its fsync
+BUSY_ROWS: Final = 40  # company enough not to wait that long, since a crash sends what waits once more; but
+BUSY_DELAY_S: Final = 0.020  # never more flushes than one in this time, short of BATCH_ROWS_MAX
 CURSOR_DELAY_S: Final = 0.5  # a cursor that moved with nothing to write beside it
 ERROR_CHARS_MAX: Final = 500  # of an error's text: it may quote what a peer sent
 DURATION_US_MAX: Final = 2**31 - 1  # PostgreSQL's integer ends here
@@ -104,6 +106,7 @@ class Ledger:
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._urgent = False
+        self._flushed_at = 0.0  # loop time at which the last flush began
         self._health: dict[int, EndpointHealth] = {}
         self.on_commit: Callable[[Committed], None] = lambda committed: None
         self.cursor: Callable[[], Cursor | None] = lambda: None  # asked at each flush: how far everything is resolved
@@ -143,7 +146,8 @@ class Ledger:
         if delivery.page is not None:
             opened.pages.append(delivery.page)
             delivery.page = None
-        if not self._urgent or len(opened.attempts) >= BATCH_ROWS_MAX:
+        rows = len(opened.attempts)
+        if not self._urgent or rows == BUSY_ROWS or rows >= BATCH_ROWS_MAX:
             self._arm()
 
     def pending(
@@ -239,9 +243,14 @@ class Ledger:
             self._wake.set()
         elif not self._urgent:
             self._urgent = True
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_later(DELAY_S, self._ring)
+            self._ring_at(self._loop.time() + DELAY_S)
+        elif rows == BUSY_ROWS:
+            self._ring_at(max(self._loop.time(), self._flushed_at + BUSY_DELAY_S))
+
+    def _ring_at(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
@@ -265,6 +274,7 @@ class Ledger:
         assert self._doubt is None, "a batch in doubt is settled before the next one"
         self._wake.clear()
         self._urgent = False
+        self._flushed_at = self._loop.time()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -11,7 +11,7 @@ import pytest
 from desk import Desk, endpoint
 from house import House, until
 
-from dispatcher.engine.ledger import DELAY_S, ERROR_CHARS_MAX
+from dispatcher.engine.ledger import BUSY_DELAY_S, BUSY_ROWS, DELAY_S, ERROR_CHARS_MAX
 from dispatcher.errors import Fenced
 from dispatcher.model import EndpointStatus
 from dispatcher.store.shard import Batch, ShardStore
@@ -87,6 +87,34 @@ async def test_results_collect_for_a_moment_and_go_down_together() -> None:
         await asyncio.sleep(0)
     assert desk.ledger.buffered == 0
     assert desk.telemetry.settle_batch_size.data().sum == 3
+    desk.ledger.finish()
+    await run
+
+
+async def test_where_much_happens_flushes_are_more_frequent_but_not_without_end() -> None:
+    desk = Desk(endpoint(1, max_concurrency=16))
+    run = asyncio.create_task(desk.ledger.run(desk.shelf, SimpleNamespace(), 1))  # type: ignore[arg-type]
+
+    async def happen(results: int) -> None:
+        for _ in range(results):
+            desk.emit()
+        for _ in range(results):
+            desk.answer(next(iter(desk.out)), 200)
+            desk.clock.advance(0.0)
+
+    async def after(delay_s: float) -> int:
+        desk.clock.advance(delay_s)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return desk.ledger.buffered
+
+    await happen(BUSY_ROWS - 1)
+    assert await after(BUSY_DELAY_S) == BUSY_ROWS - 1
+    await happen(1)
+    assert await after(0.001) == 0, "the last flush is long ago"
+    await happen(2 * BUSY_ROWS)
+    assert await after(BUSY_DELAY_S - 0.002) == 2 * BUSY_ROWS
+    assert await after(0.002) == 0
     desk.ledger.finish()
     await run
 
