@@ -33,7 +33,11 @@ class Bedroom:
 
     async def locks(self) -> int:
         """How many of the wake-up's locks are held."""
-        counted = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = $1 AND objid = 0 AND granted"
+        counted = (
+            "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database"
+            " WHERE d.datname = current_database() AND l.locktype = 'advisory' AND l.classid = $1"
+            " AND l.objid = 0 AND l.granted"
+        )
         return int(await self.ear.fetchval(counted, LOCK_CLASS))
 
 
