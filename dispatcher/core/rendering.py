@@ -40,7 +40,6 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import repeat
 from typing import Any, Final, Never
 
 import orjson
@@ -58,6 +57,7 @@ TEXT_BYTES_MAX: Final = 8 * BODY_BYTES_MAX
 
 # Anchored for readers of ECMAScript; in Python use `fullmatch`, because `$` forgives a final newline.
 TYPE_PATTERN: Final = r"^[a-z0-9_]+(\.[a-z0-9_]+)+$"
+EVENT_ID_CHARS_MAX: Final = 64
 EVENT_ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}$"  # safe in a header, in a URL and in JSON as it stands
 
 _matches_type = re.compile(TYPE_PATTERN).fullmatch
@@ -69,7 +69,10 @@ _COMPACT: Final = BodyStyle.COMPACT
 _OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_OMIT_MICROSECONDS | orjson.OPT_STRICT_INTEGER
 _ENVELOPE_QUOTES: Final = 18  # five keys and four texts, none of which can hold a quote
 _BACKSLASH: Final = ord("\\")  # as a number: `b"\\" in source` takes seven times as long
-_NO_KEYS: Final = repeat("")  # what the items of a list have
+_PLAIN_KEYS_MAX: Final = 4096
+_PLAIN_KEY_CHARS_MAX: Final = 64  # as many as orjson keeps keys to: these come as the same objects again
+
+_plain_keys: set[str] = set()  # met before and no index; bounded, and dropped as a whole when it is full
 
 _PROBE_ID: Final = "evt_" + "0" * 26  # as long as the ids of this program
 _PROBE_TIME: Final = datetime(2000, 1, 1, tzinfo=UTC)
@@ -98,12 +101,17 @@ class Payload:
         `data` is JSON text as the application wrote it, `created_at` any aware time (printed in UTC, in whole seconds),
         `version` plain text of our own.
         """
-        if _matches_event_id(event_id) is None:
+        if not (event_id.isidentifier() and event_id.isascii() and len(event_id) <= EVENT_ID_CHARS_MAX) and (
+            _matches_event_id(event_id) is None
+        ):
             raise Undeliverable("event id is not 1 to 64 characters of A-Z a-z 0-9 _ -")
         if not is_type(type):
             raise Undeliverable(f"type is not lower-case words joined by dots, at most {TYPE_BYTES_MAX} bytes")
         self.event_id = event_id
         self.type = type
+        self._source: bytes | None = None  # of what the compact body does not hold exactly
+        self._python: bytes | None = None
+        source = _source(data)
         envelope = {
             "id": event_id,
             "type": type,
@@ -111,9 +119,7 @@ class Payload:
             "created_at": created_at if created_at.tzinfo is UTC else _in_utc(created_at),
             "data": None,
         }
-        self._source: bytes | None = None  # of what the compact body does not hold exactly
-        self.compact = _bounded(self._parse(_source(data), envelope))  # the body in the default style
-        self._python: bytes | None = None
+        self.compact = _bounded(_printed_if_plain(source, envelope) or self._print_exactly(source, envelope))
 
     def body(self, style: BodyStyle) -> bytes:
         """Return the bytes to send and to sign: the same object on every call."""
@@ -123,24 +129,7 @@ class Payload:
             self._python = _bounded(self._render_python())
         return self._python
 
-    def _parse(self, source: bytes, envelope: dict[str, Any]) -> bytes:
-        """Put the value into the envelope and return the compact body.
-
-        Any key that orjson dropped took its quotes along, so equal counts of quotes before and after prove that none
-        was: a quote inside a string is one `\\"` on both sides, unless the source spells it `\\u0022`.
-        """
-        try:
-            value = orjson.loads(source)
-            if type(value) is dict and _is_plain(value.items(), 1):
-                envelope["data"] = value
-                # A copy: orjson hands over its whole buffer, 4 to 64 KiB with the text at its beginning. Ten thousand
-                # waiting events of 440 bytes took 76 MB more.
-                compact = b"%b" % orjson.dumps(envelope, option=_OPTIONS)
-                quotes_kept = compact.count(b'"') == source.count(b'"') + _ENVELOPE_QUOTES
-                if quotes_kept and not (_BACKSLASH in source and b"u0022" in source):
-                    return compact
-        except (orjson.JSONDecodeError, orjson.JSONEncodeError):
-            pass  # the reason is for the exact tier to give
+    def _print_exactly(self, source: bytes, envelope: dict[str, Any]) -> bytes:
         self._source = source
         envelope["data"] = _as_ecmascript(_parse_exactly(source), 1)
         return _print(envelope)
@@ -218,25 +207,56 @@ def _bounded(body: bytes) -> bytes:
     return body
 
 
-def _is_plain(members: Iterable[tuple[str, Any]], depth: int) -> bool:
-    """Tell whether orjson read this as it was written and prints it as ECMAScript would.
+def _printed_if_plain(source: bytes, envelope: dict[str, Any]) -> bytes | None:
+    """The fast tier: the compact body, or None for whatever orjson may have read or printed in a manner of its own.
 
-    Dense, since a third of the time is spent here. A float that passes has a fraction, so it is no integer in
-    disguise and below 2^52; down from there to 1e-4 every serialiser prints it alike.
+    Equal counts of quotes before and after prove that no key was dropped, for it would have taken its own along: a quote
+    inside a string is one `\\"` on both sides, unless the source spells it `\\u0022`.
     """
-    for key, item in members:
-        if key.isdigit():
-            return False
+    try:
+        value = orjson.loads(source)
+        if type(value) is not dict or not _is_plain_object(value, 1):
+            return None
+        envelope["data"] = value
+        # A copy: orjson hands over its whole buffer, 4 to 64 KiB with the text at its beginning. Ten thousand waiting
+        # events of 440 bytes took 76 MB more.
+        compact = b"%b" % orjson.dumps(envelope, option=_OPTIONS)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+        return None  # the reason is for the exact tier to give
+    quotes_kept = compact.count(b'"') == source.count(b'"') + _ENVELOPE_QUOTES
+    return compact if quotes_kept and not (_BACKSLASH in source and b"u0022" in source) else None
+
+
+def _is_plain_object(value: dict[str, Any], depth: int) -> bool:
+    """Tell whether orjson read this as it was written and prints it as ECMAScript would."""
+    return (_plain_keys.issuperset(value) or _learn_keys(value)) and _are_plain(value.values(), depth)
+
+
+def _learn_keys(keys: Iterable[str]) -> bool:
+    """Tell whether no key looks like an index; then remember these, since most events of a kind have the same."""
+    if any(map(str.isdigit, keys)):
+        return False
+    if len(_plain_keys) >= _PLAIN_KEYS_MAX:
+        _plain_keys.clear()
+    _plain_keys.update(key for key in keys if len(key) <= _PLAIN_KEY_CHARS_MAX)
+    return True
+
+
+def _are_plain(items: Iterable[Any], depth: int) -> bool:
+    """Tell whether these are: dense, since a quarter of the time is spent here.
+
+    A float that passes has a fraction, so it is no integer in disguise and below 2^52; down from there to 1e-4 every
+    serialiser prints it alike.
+    """
+    for item in items:
         kind = type(item)
         if kind is str or kind is int or kind is bool or item is None:
             continue  # an integer's size is for orjson to check, by option
         if kind is float:
             if abs(item) < 1e-4 or item.is_integer():
                 return False
-        else:
-            deeper = item.items() if kind is dict else zip(_NO_KEYS, item, strict=False)
-            if depth == DEPTH_MAX or not _is_plain(deeper, depth + 1):
-                return False
+        elif depth == DEPTH_MAX or not (_is_plain_object if kind is dict else _are_plain)(item, depth + 1):
+            return False
     return True
 
 

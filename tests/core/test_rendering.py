@@ -84,7 +84,7 @@ def verdict(data: str | bytes) -> tuple[bytes, bytes] | str:
 
 def exact_verdict(data: str | bytes) -> tuple[bytes, bytes] | str:
     """The same by the exact tier alone."""
-    with mock.patch.object(rendering, "_is_plain", return_value=False):
+    with mock.patch.object(rendering, "_printed_if_plain", return_value=None):
         return verdict(data)
 
 
