@@ -210,8 +210,8 @@ def _bounded(body: bytes) -> bytes:
 def _printed_if_plain(source: bytes, envelope: dict[str, Any]) -> bytes | None:
     """The fast tier: the compact body, or None for whatever orjson may have read or printed in a manner of its own.
 
-    Equal counts of quotes before and after prove that no key was dropped, for it would have taken its own along: a quote
-    inside a string is one `\\"` on both sides, unless the source spells it `\\u0022`.
+    Equal counts of quotes before and after prove that no key was dropped, for it would have taken its own along: a
+    quote inside a string is one `\\"` on both sides, unless the source spells it `\\u0022`.
     """
     try:
         value = orjson.loads(source)

@@ -52,6 +52,7 @@ from dispatcher.model import (
     EndpointStatus,
     Result,
 )
+from dispatcher.moments import BEGINNING_UNIX_S, SECOND_US, to_datetime, whole_second
 from dispatcher.telemetry import Telemetry
 
 PULL_BELOW: Final = 64  # whoever has more than this queued is not asked whether it is hungry
@@ -86,29 +87,34 @@ class Row(Enum):
 _NO_ROW: Final = Row.NONE
 
 
-def payload_of(event_id: str, type_: str, created_at: datetime | None, data: str | None) -> Payload:
-    """The payload of a row of the outbox. Raises Undeliverable for what the store could make nothing of, too."""
-    if created_at is None:
+def payload_of(event_id: str, type_: str, created_us: int | None, data: str | None) -> Payload:
+    """The payload of a row of the outbox, `created_us` a moment.
+
+    Raises Undeliverable for what the store could make nothing of, too.
+    """
+    if created_us is None:
         raise Undeliverable("created_at is beyond the years 2 to 9998")
     if data is None:
         raise Undeliverable(f"data is over {TEXT_BYTES_MAX} bytes as written")
-    return Payload(event_id, type_, created_at, data)
+    return Payload(event_id, type_, whole_second(created_us // SECOND_US), data)
 
 
 class Event:
     """One event in memory: where it lies in the outbox, and its payload."""
 
-    __slots__ = ("payload", "seq", "traceparent", "written_at", "written_unix", "xid")
+    __slots__ = ("payload", "seq", "traceparent", "written_us", "xid")
 
-    def __init__(
-        self, seq: int, xid: int, written_at: datetime, payload: Payload, traceparent: str | None = None
-    ) -> None:
+    def __init__(self, seq: int, xid: int, written_us: int, payload: Payload, traceparent: str | None = None) -> None:
         self.seq = seq
         self.xid = xid
-        self.written_at = written_at
-        self.written_unix = written_at.timestamp()
+        self.written_us = written_us  # a moment
         self.payload = payload
         self.traceparent = traceparent  # what the application left there: 55 characters of its own choice
+
+    @property
+    def written_at(self) -> datetime:
+        """When its row was written."""
+        return to_datetime(self.written_us)
 
 
 class OpenPage:
@@ -574,7 +580,8 @@ class Deliverer:
         subscriber.lane.observe(duration_s)
         number = delivery.attempts + 1
         if number == 1 and attempt.sent_at and not delivery.generation:  # a replay's age says nothing of us
-            telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - delivery.event.written_unix))
+            written = delivery.event.written_us / SECOND_US + BEGINNING_UNIX_S
+            telemetry.delivery_latency.observe(max(0.0, delivery.sent_wall - written))
         if verdict is _TO_DELIVERED:
             state = _DELIVERED
             subscriber.error = None

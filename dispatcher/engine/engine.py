@@ -42,6 +42,7 @@ from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
 from dispatcher.logs import get_logger
 from dispatcher.model import EndpointStatus
+from dispatcher.moments import to_datetime
 from dispatcher.store.database import TROUBLE, close, connect, raise_if_cancelled, statements
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.outbox import CLOCK_SLACK
@@ -507,7 +508,7 @@ class Engine:
         )
         if self._is_elsewhere:
             return ours
-        behind = reader.read_to if active and reader else None
+        behind = to_datetime(reader.read_to_us) if active and reader and reader.read_to_us is not None else None
         oldest = [at for at in (self._oldest_pending_at, behind) if at is not None]
         return msgspec.structs.replace(
             ours,

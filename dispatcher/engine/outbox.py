@@ -43,8 +43,9 @@ from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Su
 from dispatcher.engine.ledger import Ledger
 from dispatcher.errors import Undeliverable
 from dispatcher.model import Endpoint
+from dispatcher.moments import BEGINNING, to_datetime
 from dispatcher.store.database import statements
-from dispatcher.store.outbox import BEGINNING, Cursor, OutboxPages, Page, Snapshot
+from dispatcher.store.outbox import Cursor, OutboxPages, Page, Snapshot
 from dispatcher.telemetry import Telemetry
 
 PAGE_ROWS: Final = 500  # 5 ms of routing at a fan-out of one: what a first attempt may wait behind
@@ -105,7 +106,7 @@ class OutboxReader:
         self.registry = Registry((), -1)
         self.progress_at = self._loop.time()
         self._newest_known: int | None = None  # event sequence beyond which nothing was settled or pending at the start
-        self.read_to: Any = None  # written_at of the last row read while behind; None when caught up
+        self.read_to_us: int | None = None  # moment of the last row read while behind; None when caught up
         self.read_seq = 0
         self.stopping = False
         self._open: deque[OpenPage] = deque()
@@ -164,7 +165,7 @@ class OutboxReader:
             elif not self._open:
                 self._advance(page.after)
             cursor = page.after
-            self.read_to = page.rows[-1][10] if page.rows and not page.complete else None
+            self.read_to_us = page.rows[-1][10] if page.rows and not page.complete else None
             if page.rows:
                 self.read_seq = max(self.read_seq, page.rows[-1][3])
             if page.complete:
@@ -262,12 +263,12 @@ class OutboxReader:
         """
         pairs: list[tuple[Event, Endpoint]] = []
         match, all_since = self.registry.match, self.registry.all_since
-        for _, _, _, seq, xid, event_id, account, type_, data, created_at, written_at, traceparent in rows:
+        for _, _, _, seq, xid, event_id, account, type_, data, created_us, written_us, traceparent in rows:
             endpoints = match(account, type_)
             if not endpoints and not self._has_duties:
                 continue
             try:
-                payload = payload_of(event_id, type_, created_at, data)
+                payload = payload_of(event_id, type_, created_us, data)
             except Undeliverable as error:
                 if self._has_duties:
                     self._ledger.discard_event(seq, str(error))
@@ -275,7 +276,7 @@ class OutboxReader:
                 continue
             if not endpoints:
                 continue
-            event = Event(seq, xid, written_at, payload, traceparent)
+            event = Event(seq, xid, written_us, payload, traceparent)
             if xid >= all_since:
                 pairs += zip(repeat(event), endpoints)
             else:
@@ -283,7 +284,7 @@ class OutboxReader:
                     (event, endpoint)
                     for endpoint in endpoints
                     if _is_subscribed(endpoint, xid)
-                    or (born is not None and endpoint.id in born and born[endpoint.id] <= written_at)
+                    or (born is not None and endpoint.id in born and born[endpoint.id] <= event.written_at)
                 ]
         return pairs
 
@@ -294,7 +295,7 @@ class OutboxReader:
         pairs = [pair for pair in pairs if pair[0].seq <= self._newest_known]
         if not pairs:
             return set()
-        since = min(event.written_at for event, _ in pairs) - timedelta(days=1)
+        since = to_datetime(min(event.written_us for event, _ in pairs)) - timedelta(days=1)
         rows = await self._connection.fetch(
             statements("outbox")["known"], [e.id for _, e in pairs], [event.seq for event, _ in pairs], since
         )

@@ -402,8 +402,8 @@ class Retries:
 
     def _recall(self, row: Any, kind: Row) -> bool:
         """Make a delivery of a pending row and hand it over; False if its lane cannot take it now."""
-        endpoint_id, seq, generation, attempts, _, _, xid, written_at = row[:8]
-        event_id, _, type_, data, created_at, traceparent = row[8:]
+        endpoint_id, seq, generation, attempts, _, _, xid, written_us = row[:8]
+        event_id, _, type_, data, created_us, traceparent = row[8:]
         key = (endpoint_id, seq, generation)
         if key in self._deliverer.rows or (kind is Row.HELD and self._has_left(key)):
             return True
@@ -416,11 +416,11 @@ class Retries:
             self._bury_row(row, "the event is older than the retention of events")
             return True
         try:
-            payload = payload_of(event_id, type_, created_at, data)
+            payload = payload_of(event_id, type_, created_us, data)
         except Undeliverable as error:
             self._bury_row(row, str(error))
             return True
-        event = Event(seq, xid, written_at, payload, traceparent)
+        event = Event(seq, xid, written_us, payload, traceparent)
         return self._deliverer.recall(
             Delivery(event, subscriber, None, generation=generation, attempts=attempts, row=kind)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import operator
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -93,7 +94,8 @@ def _explain(error: BaseException) -> str:
 async def connect(dsn: str, *, name: str, engine: bool = False, settings: Mapping[str, str] | None = None) -> Any:
     """A new connection, its purpose shown in pg_stat_activity as `name`.
 
-    `engine` pins the planner. Raises DatabaseUnreachable.
+    `engine` pins the planner, and what is of type `timestamp` (no column is, only what a statement casts) comes as a
+    moment of `moments.py`. Raises DatabaseUnreachable.
     """
     server_settings = {
         **_SETTINGS,
@@ -101,12 +103,24 @@ async def connect(dsn: str, *, name: str, engine: bool = False, settings: Mappin
         **(settings or {}),
         "application_name": name,
     }
+    connection = None
     try:
-        return await asyncpg.connect(
+        connection = await asyncpg.connect(
             dsn, timeout=CONNECT_TIMEOUT_S, command_timeout=COMMAND_TIMEOUT_S, server_settings=server_settings
         )
+        if engine:
+            await connection.set_type_codec(
+                "timestamp",
+                schema="pg_catalog",
+                encoder=lambda moment_us: (moment_us,),
+                decoder=operator.itemgetter(0),
+                format="tuple",
+            )
     except (*TROUBLE, ValueError) as error:
+        if connection is not None:
+            connection.terminate()
         raise DatabaseUnreachable(f"cannot connect to PostgreSQL at {place(dsn)}: {_explain(error)}") from error
+    return connection
 
 
 async def close(connection: Any, timeout_s: float) -> None:

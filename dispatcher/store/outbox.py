@@ -9,9 +9,10 @@ nothing. PgQ proved the idea of reading by snapshots.
 from __future__ import annotations
 
 import dataclasses
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
+from dispatcher.moments import BEGINNING, of_datetime
 from dispatcher.store.database import statements
 
 Snapshot = tuple[int, int, tuple[int, ...]]
@@ -22,8 +23,6 @@ CLOCK_SLACK: Final = timedelta(days=1)
 
 LEAP: Final = CLOCK_SLACK / 2
 """Between two polls: the clock has leapt, or the host has slept. A transaction open all the while wrote before that."""
-
-BEGINNING: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
 NEAR_ROWS: Final = 32
 """Rows read twice, 0.3 µs each, that cost as much as looking for one transaction's rows in every partition."""
@@ -48,8 +47,8 @@ class Page:
     """Rows of one page, the cursor once they are all resolved, and what the poll learnt on the way.
 
     `rows` are records (seq, xid, id, account, type, data text, created_at, written_at, traceparent) behind three
-    columns of the header; data or created_at is None where nothing could be made of it. `registry` is the version of
-    the webhook registry in the page's own snapshot, None on a further page of a difference.
+    columns of the header; the two times are moments; data or created_at is None where nothing could be made of it.
+    `registry` is the version of the webhook registry in the page's own snapshot, None on a further page of one.
     """
 
     rows: list[Any]
@@ -63,6 +62,7 @@ class OutboxPages:
 
     def __init__(self, connection: Any, floor: datetime = BEGINNING) -> None:
         self._connection = connection
+        self._floor_us = of_datetime(floor)
         self._floor = floor  # rows written before it bear transaction ids of another cluster
         self._first: Any = None
         self._first_near: Any = None
@@ -123,8 +123,8 @@ class OutboxPages:
         """Without the rows from before the floor that were read already."""
         if self._floor == BEGINNING:
             return rows
-        rows = [row for row in rows if row[10] >= self._floor or row[3] not in self._foreign]
-        self._foreign.update(row[3] for row in rows if row[10] < self._floor)
+        rows = [row for row in rows if row[10] >= self._floor_us or row[3] not in self._foreign]
+        self._foreign.update(row[3] for row in rows if row[10] < self._floor_us)
         return rows
 
     def _remember(self, cur: Snapshot, cursor: Cursor, since: datetime) -> None:

@@ -22,8 +22,8 @@ class PendingStore:
     """The retries' connection and its statements. Records of `fetch` and `pull` have the columns
 
     (endpoint_id, event_seq, generation, attempts, due_at, state, event_xid, event_at, id, account, type, data,
-    created_at, traceparent); those from `id` on are None when retention has dropped the event, data or created_at alone
-    when nothing can be made of it.
+    created_at, traceparent), event_at and created_at as moments; those from `id` on are None when retention has dropped
+    the event, data or created_at alone when nothing can be made of it.
     """
 
     def __init__(self, connection: Any, shard: int) -> None:

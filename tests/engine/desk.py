@@ -25,6 +25,7 @@ from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Ro
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
 from dispatcher.engine.retries import Retries
 from dispatcher.model import AccountId, Attempt, DeliveryKey, Endpoint, EndpointId, EndpointStatus, Result
+from dispatcher.moments import of_datetime
 from dispatcher.store.shard import Batch
 from dispatcher.telemetry import Telemetry
 
@@ -141,8 +142,8 @@ class Shelf:
         event = self.events[row[1]]
         payload = event.payload
         return (
-            row[0], row[1], row[2], row[6], row[7], row[5], row[3], row[4], payload.event_id, "default",
-            payload.type, "{}", EPOCH, None,
+            row[0], row[1], row[2], row[6], row[7], row[5], row[3], of_datetime(row[4]), payload.event_id, "default",
+            payload.type, "{}", of_datetime(EPOCH), None,
         )  # fmt: skip
 
 
@@ -214,7 +215,7 @@ class Desk:
     def emit(self) -> int:
         """One event for every webhook that is not disabled; return its sequence number."""
         seq = next(self._numbers)
-        event = Event(seq, seq, EPOCH, Payload(f"evt_{seq}", "test.event", EPOCH, "{}"))
+        event = Event(seq, seq, of_datetime(EPOCH), Payload(f"evt_{seq}", "test.event", EPOCH, "{}"))
         self.shelf.events[seq] = event
         page = OpenPage(None, self.clock.now)
         self.pages.append(page)

@@ -30,6 +30,7 @@ from dispatcher.engine.deliverer import Deliverer, Delivery, Event
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.model import Endpoint, Result
+from dispatcher.moments import of_datetime
 from dispatcher.telemetry import Telemetry
 
 # Reading the system's trust store takes 20 ms, and each test makes a transport.
@@ -142,7 +143,7 @@ class Stage:
         """One event for each of these webhooks."""
         number = next(self._numbers)
         now = datetime.now(UTC)
-        event = Event(number, number, now, Payload(f"evt_{number}", "test.event", now, data))
+        event = Event(number, number, of_datetime(now), Payload(f"evt_{number}", "test.event", now, data))
         for webhook in webhooks:
             self.deliverer.offer(Delivery(event, self.deliverer.subscriber(webhook), None))
         self.deliverer.pump()

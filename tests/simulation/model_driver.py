@@ -225,6 +225,10 @@ class ModelConnection:
 
     # ── notifications and the end ──────────────────────────────────────────────────────────────────────────────────
 
+    async def set_type_codec(self, typename: str, **_: Any) -> None:
+        """Rows of the model hold moments wherever a statement casts to this type."""
+        assert typename == "timestamp"
+
     async def add_listener(self, channel: str, callback: Callable[..., None]) -> None:
         await self._run("SET listen", ())
         self._listeners.setdefault(channel, []).append(callback)

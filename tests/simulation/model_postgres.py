@@ -27,6 +27,7 @@ from typing import Any, Final
 import asyncpg
 
 from dispatcher.core.shards import shard_numbers, shard_of
+from dispatcher.moments import of_datetime
 from dispatcher.store.database import statements
 from dispatcher.store.schema import migrations
 
@@ -73,7 +74,12 @@ class Event:
 
     @property
     def columns(self) -> tuple[Any, ...]:
-        return (self.seq, self.xid, self.id, self.account, self.type, self.data, self.created_at, self.written_at, None)
+        times = (self.created_us, of_datetime(self.written_at))
+        return (self.seq, self.xid, self.id, self.account, self.type, self.data, *times, None)
+
+    @property
+    def created_us(self) -> int | None:
+        return None if self.created_at is None else of_datetime(self.created_at)
 
 
 class Transaction:
@@ -761,8 +767,8 @@ def _with_event(server: ModelPostgres, row: tuple[Any, ...]) -> tuple[Any, ...]:
     if event is None or seq in server.dropped or event.xid != xid or event.written_at != at:
         found: tuple[Any, ...] = (None,) * 6
     else:
-        found = (event.id, event.account, event.type, event.data, event.created_at, None)
-    return (endpoint, seq, generation, attempts, due, state, xid, at, *found)
+        found = (event.id, event.account, event.type, event.data, event.created_us, None)
+    return (endpoint, seq, generation, attempts, due, state, xid, of_datetime(at), *found)
 
 
 @_reads("pending", "fetch")

@@ -20,6 +20,7 @@ from model_postgres import HELD, ModelPostgres
 from dispatcher.core.backoff import PRESETS
 from dispatcher.errors import Fenced
 from dispatcher.model import BodyStyle
+from dispatcher.moments import to_datetime
 from dispatcher.store.database import connect, statements
 from dispatcher.store.endpoints import EndpointChange, EndpointDefaults, EndpointHealth, EndpointStore
 from dispatcher.store.outbox import OutboxPages
@@ -75,7 +76,7 @@ class Side:
         """Call an event by its id; our own news, whose ids are made there, by when it was seen first."""
         seq, xid, event_id, _, kind = row[3:8]
         name = self.names.setdefault(seq, f"{kind} {len(self.names)}" if kind.startswith("webhook.") else event_id)
-        self.events[name] = (seq, xid, row[10])
+        self.events[name] = (seq, xid, to_datetime(row[10]))
 
     def producer(self) -> Awaitable[Producer]:
         raise NotImplementedError
@@ -359,7 +360,7 @@ class Acts:
                 r[3],
                 r[4],
                 r[5],
-                side.events[side.names[r[1]]][1:] == (r[6], r[7]),
+                side.events[side.names[r[1]]][1:] == (r[6], to_datetime(r[7])),
                 *r[9:11],
             )
             for r in rows

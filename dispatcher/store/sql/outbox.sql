@@ -8,16 +8,17 @@
 -- for each of them, which cost as much as all the rest of a poll that finds one event.
 
 -- name: _event
--- As in the view dispatcher.event: of what may be of any size, no more than says that it is too much.
+-- As in the view dispatcher.event: of what may be of any size, no more than says that it is too much. Times are cast to
+-- `timestamp`, which an engine's connections read as integers.
 seq, xid, id, left(account, 65), left(type, 129), CASE WHEN octet_length(data::text) <= 2097152 THEN data::text END,
-    CASE WHEN created_at >= '0002-01-01Z' AND created_at < '9999-01-01Z' THEN created_at END, written_at,
+    CASE WHEN created_at >= '0002-01-01Z' AND created_at < '9999-01-01Z' THEN created_at END::timestamp, written_at::timestamp,
     CASE WHEN octet_length(traceparent) = 55 THEN traceparent END
 
 -- name: _header
 -- One statement, one snapshot: the header row carries it, so whatever the rest shows is visible in it.
 SELECT pg_current_snapshot() AS snapshot, clock_timestamp() AS at, (SELECT version FROM dispatcher.registry) AS registry,
        NULL::bigint AS seq, NULL::xid8 AS xid, NULL::text AS id, NULL::text AS account, NULL::text AS type, NULL::text AS data,
-       NULL::timestamptz AS created_at, NULL::timestamptz AS written_at, NULL::text AS traceparent
+       NULL::timestamp AS created_at, NULL::timestamp AS written_at, NULL::text AS traceparent
 
 -- name: first_page
 /* _header */
@@ -59,7 +60,8 @@ SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, /* _event */ FROM (
 
 -- name: reread
 -- After a restore: events by the clock instead of by foreign transaction ids. Three empty columns stand for the header's.
-SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, seq, xid, id, account, type, data, created_at, written_at, traceparent
+SELECT NULL::pg_snapshot, NULL::timestamptz, NULL::bigint, seq, xid, id, account, type, data, created_at::timestamp, written_at::timestamp,
+       traceparent
 FROM dispatcher.event WHERE written_at >= $1 ORDER BY xid, seq;
 
 -- name: born

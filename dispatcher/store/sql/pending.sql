@@ -5,8 +5,8 @@ WHERE shard = $1 AND due_at >= $2 AND due_at < $3 AND due_at < 'infinity' ORDER 
 
 -- name: fetch
 -- Deliveries that came due, with their events. An event that retention dropped comes back without one.
-SELECT p.endpoint_id, p.event_seq, p.generation, p.attempts, p.due_at, p.state, p.event_xid, p.event_at,
-       o.id, o.account, o.type, o.data, o.created_at, o.traceparent
+SELECT p.endpoint_id, p.event_seq, p.generation, p.attempts, p.due_at, p.state, p.event_xid, p.event_at::timestamp,
+       o.id, o.account, o.type, o.data, o.created_at::timestamp, o.traceparent
 FROM unnest($1::integer[], $2::bigint[], $3::integer[]) AS u (endpoint_id, event_seq, generation)
 JOIN dispatcher.pending p USING (endpoint_id, event_seq, generation)
 LEFT JOIN dispatcher.event o ON o.xid = p.event_xid AND o.seq = p.event_seq AND o.written_at = p.event_at
@@ -14,8 +14,8 @@ WHERE p.due_at < 'infinity';
 
 -- name: pull
 -- The oldest held deliveries of some webhooks, each behind its own position, with their events.
-SELECT p.endpoint_id, p.event_seq, p.generation, p.attempts, p.due_at, p.state, p.event_xid, p.event_at,
-       o.id, o.account, o.type, o.data, o.created_at, o.traceparent
+SELECT p.endpoint_id, p.event_seq, p.generation, p.attempts, p.due_at, p.state, p.event_xid, p.event_at::timestamp,
+       o.id, o.account, o.type, o.data, o.created_at::timestamp, o.traceparent
 FROM unnest($1::integer[], $2::bigint[], $3::integer[], $4::integer[]) AS u (endpoint_id, after_seq, after_generation, most)
 CROSS JOIN LATERAL (
     SELECT * FROM dispatcher.pending
