@@ -703,3 +703,24 @@ def test_waiting_event_takes_little_more_room_than_its_body() -> None:
     finally:
         tracemalloc.stop()
     assert taken < len(waiting[0].compact) + 500
+
+
+# ---- Keys met before
+
+
+def test_a_key_that_was_met_is_still_no_index_and_an_index_is_never_remembered() -> None:
+    for data in (
+        '{"met": 1}',
+        '{"met": 1, "7": 2}',
+        '{"met": 1, "7": 2}',
+        '{"7": 2, "met": {"3": 1, "met": 0, "2": 0}}',
+    ):
+        assert verdict(data) == exact_verdict(data)
+    assert "7" not in rendering._plain_keys
+
+
+def test_keys_of_every_event_their_own_are_not_kept_for_ever() -> None:
+    for number in range(rendering._PLAIN_KEYS_MAX + 10):
+        payload(f'{{"k{number}": 1, "{"x" * rendering._PLAIN_KEY_CHARS_MAX}y": 2}}')
+    assert len(rendering._plain_keys) <= rendering._PLAIN_KEYS_MAX
+    assert all(len(key) <= rendering._PLAIN_KEY_CHARS_MAX for key in rendering._plain_keys)
