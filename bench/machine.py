@@ -1,6 +1,6 @@
 """What the operating system knows: CPU and memory of processes, and what machine this is.
 
-Read from /proc, so only on Linux; elsewhere figures are None and the tables show a dash. Nothing here needs a package.
+Read from /proc, so only on Linux; elsewhere figures are None and the tables show a dash.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Final
+
+from dispatcher.build import IS_COMPILED
 
 TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
@@ -90,7 +92,7 @@ def facts() -> Facts:
         python=f"{platform.python_implementation()} {platform.python_version()}",
         uvloop=versions["uvloop"],
         asyncpg=versions["asyncpg"],
-        dispatcher=versions["trackpost-dispatcher"],
+        dispatcher=f"{versions['trackpost-dispatcher']}, {'compiled' if IS_COMPILED else 'not compiled'}",
         git=_revision(),
     )
 

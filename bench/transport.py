@@ -174,8 +174,8 @@ class Countdown:
 @asynccontextmanager
 async def ours(load: Load) -> AsyncIterator[Send]:
     from dispatcher.core.addresses import Guard
+    from dispatcher.core.attempt import Attempt
     from dispatcher.engine.transport import Transport, TransportSettings
-    from dispatcher.model import Attempt
 
     class Loopback:
         async def resolve(self, host: str) -> Sequence[str]:

@@ -25,6 +25,7 @@ import structlog
 import uvloop
 
 from dispatcher import logs
+from dispatcher.build import IS_COMPILED
 from dispatcher.embedded import DATABASE, EmbeddedPostgres
 
 T = TypeVar("T")
@@ -49,6 +50,14 @@ def pytest_configure() -> None:
     """Let Ctrl-C reach the programs under test also where this run was put into the background, which ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what needs the source where the modules beside it are compiled."""
+    if IS_COMPILED:
+        for item in items:
+            if item.get_closest_marker("interpreted"):
+                item.add_marker(pytest.mark.skip(reason="these modules are compiled"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -57,7 +57,6 @@ TEXT_BYTES_MAX: Final = 8 * BODY_BYTES_MAX
 
 # Anchored for readers of ECMAScript; in Python use `fullmatch`, because `$` forgives a final newline.
 TYPE_PATTERN: Final = r"^[a-z0-9_]+(\.[a-z0-9_]+)+$"
-EVENT_ID_CHARS_MAX: Final = 64
 EVENT_ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}$"  # safe in a header, in a URL and in JSON as it stands
 
 _matches_type = re.compile(TYPE_PATTERN).fullmatch
@@ -101,9 +100,7 @@ class Payload:
         `data` is JSON text as the application wrote it, `created_at` any aware time (printed in UTC, in whole seconds),
         `version` plain text of our own.
         """
-        if not (event_id.isidentifier() and event_id.isascii() and len(event_id) <= EVENT_ID_CHARS_MAX) and (
-            _matches_event_id(event_id) is None
-        ):
+        if not is_event_id(event_id):
             raise Undeliverable("event id is not 1 to 64 characters of A-Z a-z 0-9 _ -")
         if not is_type(type):
             raise Undeliverable(f"type is not lower-case words joined by dots, at most {TYPE_BYTES_MAX} bytes")

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httptools
 
+from dispatcher.core.attempt import Attempt
 from dispatcher.engine.dialer import Phase, tls_reason
-from dispatcher.model import Attempt, Result
+from dispatcher.model import Result
 
 if TYPE_CHECKING:
     from dispatcher.engine.transport import Origin
@@ -88,9 +89,10 @@ class KnownAnswer:
         self.answer_bytes = answer_bytes
 
 
-class Connection(asyncio.Protocol):
+class Connection:
     """One connection to one origin: idle, or carrying one request.
 
+    An asyncio.Protocol in all but its base class: what has a base that is not compiled with it is compiled poorly.
     Dense on purpose: every delivery runs through `send`, `data_received`, the parser's callbacks and `_finish`. No
     callback takes headers (two objects and a call for each): the few that matter are looked up in the raw head, and
     only when they matter.

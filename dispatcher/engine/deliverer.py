@@ -24,9 +24,10 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from dispatcher.core.addresses import Guard
+from dispatcher.core.addresses import Guard, Target
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.backoff import dead_delay_s, next_delay_s, retry_after_s
 from dispatcher.core.catalogue import OWN_TYPES
 from dispatcher.core.ids import DeliveryIds
@@ -40,10 +41,8 @@ from dispatcher.engine.connection import Released
 from dispatcher.engine.journal import Journal
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
 from dispatcher.engine.spans import Spans
-from dispatcher.engine.transport import Transport
 from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import (
-    Attempt,
     BodyStyle,
     DeliveryKey,
     DeliveryState,
@@ -202,6 +201,13 @@ class Subscriber:
         return f"<Subscriber {self.endpoint.public_id} {self.lane}{', backlog' if self.backlog else ''}>"
 
 
+class Pools(Protocol):
+    """What is asked of the transport; of a pool, no more than `submit` and the ways to end it."""
+
+    def origin(self, target: Target) -> Any: ...  # noqa: D102
+    async def close_origins(self, origins: set[Any]) -> None: ...  # noqa: D102
+
+
 class Deliverer:
     """Every delivery in memory, and the acts upon it."""
 
@@ -210,7 +216,7 @@ class Deliverer:
         *,
         lanes: Lanes[Delivery],
         ledger: Ledger,
-        transport: Transport,
+        transport: Pools,
         guard: Guard,
         telemetry: Telemetry,
         ids: DeliveryIds,

@@ -22,7 +22,7 @@ import ssl
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from ipaddress import ip_address
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiodns
@@ -53,7 +53,19 @@ _LOCAL_FAULTS: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EADDRINUSE}
 )
 
-P = TypeVar("P", bound=asyncio.Protocol)
+
+class Receiving(Protocol):
+    """Whoever owns a transport: an asyncio.Protocol, with that base class or without."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...  # noqa: D102
+    def data_received(self, data: bytes) -> None: ...  # noqa: D102
+    def eof_received(self) -> bool | None: ...  # noqa: D102
+    def connection_lost(self, exc: Exception | None) -> None: ...  # noqa: D102
+    def pause_writing(self) -> None: ...  # noqa: D102
+    def resume_writing(self) -> None: ...  # noqa: D102
+
+
+P = TypeVar("P", bound=Receiving)
 
 
 class Phase(StrEnum):
@@ -271,9 +283,10 @@ class Dialer:
         Shielded, and undone afterwards if need be: uvloop, cancelled in the one turn this takes, closes the descriptor
         and leaves the socket object to close the same number once more, by then perhaps somebody else's.
         """
-        adoption = self._loop.create_task(self._loop.create_connection(make, sock=connected), name="adopt a socket")
+        made: Callable[[], Any] = make
+        adoption = self._loop.create_task(self._loop.create_connection(made, sock=connected), name="adopt a socket")
         try:
-            _, protocol = await asyncio.shield(adoption)
+            adopted: tuple[Any, P] = await asyncio.shield(adoption)
         except asyncio.CancelledError:
             adoption.add_done_callback(_abort_adopted)
             raise
@@ -281,7 +294,7 @@ class Dialer:
             with contextlib.suppress(OSError):
                 connected.close()
             raise _connect_failure(error) from error
-        return protocol
+        return adopted[1]
 
     async def _secure(self, opening: _Opening, host: str, make: Callable[[], P]) -> P:
         """Upgrade to TLS, verified against `host` (a name by SNI and DNS name, a literal by the address's SAN)."""
@@ -298,7 +311,7 @@ class Dialer:
     async def _start_tls(self, opening: _Opening, host: str, make: Callable[[], P]) -> P:
         raw, protocol = opening.transport, make()
         try:
-            secured = await self._loop.start_tls(raw, protocol, self._context, server_hostname=host)
+            secured = await self._loop.start_tls(raw, _base(protocol), self._context, server_hostname=host)
         except BaseException:
             raw.abort()
             raise
@@ -341,6 +354,10 @@ class Dialer:
         if proxy.secure:
             return await self._secure(opening, proxy.host, _Opening)
         return opening
+
+
+def _base(protocol: Receiving) -> asyncio.BaseProtocol:
+    return cast("asyncio.BaseProtocol", protocol)
 
 
 class _Proxy:
@@ -389,7 +406,7 @@ class _Opening(asyncio.Protocol):
             self._answer.set_exception(DialFailed(None, "proxy: connection closed instead of an answer to CONNECT"))
 
     def hand_over(self, protocol: P) -> P:
-        self.transport.set_protocol(protocol)
+        self.transport.set_protocol(_base(protocol))
         protocol.connection_made(self.transport)
         return protocol
 

@@ -19,10 +19,11 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.traces import trace_id
 from dispatcher.logs import Wide
-from dispatcher.model import Attempt, DeliveryState
+from dispatcher.model import DeliveryState
 
 if TYPE_CHECKING:
     from dispatcher.engine.deliverer import Delivery

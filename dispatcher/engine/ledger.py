@@ -27,7 +27,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from dispatcher.model import Attempt, DeliveryKey, DeliveryState, Endpoint
+from dispatcher.core.attempt import Attempt
+from dispatcher.model import DeliveryKey, DeliveryState, Endpoint
 from dispatcher.store.endpoints import EndpointHealth
 from dispatcher.store.outbox import Cursor
 from dispatcher.store.shard import Batch, ShardStore

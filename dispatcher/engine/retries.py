@@ -47,6 +47,7 @@ from dispatcher.engine.deliverer import FIRST_KEY, LAST_KEY, Deliverer, Delivery
 from dispatcher.engine.ledger import Committed, Ledger
 from dispatcher.errors import Undeliverable
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointId, EndpointStatus
+from dispatcher.moments import BEGINNING
 from dispatcher.store.pending import PendingStore
 from dispatcher.telemetry import Telemetry
 
@@ -71,7 +72,6 @@ PULLED_SHARE: Final = 2  # backlogs may fill half of the room for retries: what 
 PROBE_ROWS: Final = 4
 PULL_S: Final = 0.005
 ORPHAN_ROWS: Final = 1000
-BEGINNING: Final = datetime(2000, 1, 1, tzinfo=UTC)
 _DISCARDED: Final = DeliveryState.DISCARDED.value
 
 

@@ -12,10 +12,11 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from dispatcher import __version__
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.traces import is_traceparent
 from dispatcher.errors import ConfigurationError
-from dispatcher.model import Attempt, Result
+from dispatcher.model import Result
 
 if TYPE_CHECKING:
     from dispatcher.engine.deliverer import Delivery

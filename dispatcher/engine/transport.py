@@ -35,9 +35,10 @@ from operator import attrgetter
 from typing import Any, Final
 
 from dispatcher.core.addresses import Guard, Target
+from dispatcher.core.attempt import Attempt
 from dispatcher.engine.connection import Connection, Done, KnownAnswer, Released, Request, timed_out
 from dispatcher.engine.dialer import Dialer, DialFailed, DnsResolver, Phase, Resolver
-from dispatcher.model import Attempt, Result
+from dispatcher.model import Result
 
 log = logging.getLogger(__name__)
 

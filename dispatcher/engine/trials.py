@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Final
 
 from dispatcher.core.addresses import Guard
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.head import fields_of, signatures
 from dispatcher.core.rendering import Payload
 from dispatcher.core.signing import Signer
 from dispatcher.engine.connection import Released
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import AddressRefused, Undeliverable
-from dispatcher.model import Attempt, BodyStyle, Endpoint, Result
+from dispatcher.model import BodyStyle, Endpoint, Result
 
 ATTEMPT: Final = 1
 

@@ -21,6 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointId, EndpointStatus
+from dispatcher.moments import BEGINNING
 from dispatcher.store.database import statements
 from dispatcher.store.events import DATA_BYTES_MAX
 
@@ -31,7 +32,6 @@ EVENT_SHOWN_MAX: Final = 200  # deliveries of one event at all webhooks
 ATTEMPTS_MAX: Final = 200  # of one delivery: no schedule has as many
 STATS_ROWS_MAX: Final = 50_000  # ≈ 100 ms from memory
 
-_BEGINNING: Final = datetime(2000, 1, 1, tzinfo=UTC)
 _END: Final = datetime(9998, 12, 31, tzinfo=UTC)
 _LAST_SEQ: Final = (1 << 63) - 1
 _LAST_GENERATION: Final = (1 << 31) - 1
@@ -47,7 +47,7 @@ class Place:
 
     @property
     def _rank(self) -> tuple[bool, datetime, int, int]:
-        return (self.at is None, self.at or _BEGINNING, self.event_seq, self.generation)
+        return (self.at is None, self.at or BEGINNING, self.event_seq, self.generation)
 
     def __lt__(self, other: Place) -> bool:
         return self._rank < other._rank
@@ -230,11 +230,11 @@ class DeliveryStore:
             statement = self._sql["waiting_before" if direction == "before" else "waiting_after"]
             return await self._db.fetch(statement, endpoint_id, place.event_seq, place.generation, rows)  # type: ignore[no-any-return]
         if is_backward:
-            at, seq, generation = max(place, Place(wanted.since or _BEGINNING, -1, 0))._rank[1:]
+            at, seq, generation = max(place, Place(wanted.since or BEGINNING, -1, 0))._rank[1:]
             bound, statement = wanted.until or _END, self._sql["attempted_before"]
         else:
             at, seq, generation = min(place, Place(wanted.until or _END, -1, 0))._rank[1:]
-            bound, statement = wanted.since or _BEGINNING, self._sql["attempted_after"]
+            bound, statement = wanted.since or BEGINNING, self._sql["attempted_after"]
         return await self._db.fetch(statement, endpoint_id, at, seq, generation, bound, rows)  # type: ignore[no-any-return]
 
     async def _pick(

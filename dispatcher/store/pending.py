@@ -38,8 +38,8 @@ class PendingStore:
         for name in _NAMES:
             self._prepared[name] = await self._connection.prepare(sql[name])
 
-    async def refill(self, start: datetime, end: datetime, limit: int) -> list[tuple[int, int, int, datetime]]:
-        """(endpoint id, event sequence, generation, due_at) of rows due in [start, end), soonest first."""
+    async def refill(self, start: datetime, end: datetime, limit: int) -> list[Any]:
+        """Records of (endpoint id, event sequence, generation, due_at) of rows due in [start, end), soonest first."""
         return await self._fetch("refill", self._shard, start, end, limit)
 
     async def fetch(self, keys: Sequence[DeliveryKey]) -> list[Any]:

@@ -25,6 +25,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dispatcher import __version__
+from dispatcher.build import IS_COMPILED
 from dispatcher.logs import dropped_lines
 from dispatcher.model import SETTLED, DeliveryState, EndpointStatus, Result
 from dispatcher.telemetry import LONG_SECONDS, OPERATIONS, SECONDS, SIZES, HistogramData, Snapshot
@@ -37,6 +38,11 @@ PROGRESS_AGE_S_MAX: Final = 15.0
 PREFIX: Final = "dispatcher_"
 
 _STATES: Final = sorted({DeliveryState.RETRYING, *SETTLED})
+_BUILD: Final = {
+    "version": __version__,
+    "python": platform.python_version(),
+    "compiled": str(IS_COMPILED).lower(),
+}
 _HEALTHS: Final = ("ready", "dead", "probing")
 _CONNECTIONS: Final = ("connecting", "active", "idle")
 _ROLES: Final = ("active", "standby")
@@ -55,9 +61,7 @@ class SnapshotCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families of one snapshot."""
         s = self._snapshot()
-        yield InfoMetricFamily(
-            f"{PREFIX}build", "What runs", {"version": __version__, "python": platform.python_version()}
-        )
+        yield InfoMetricFamily(f"{PREFIX}build", "What runs", _BUILD)
         yield _counter("events", "Events read from the outbox", s.events)
         yield _counters("deliveries", "Deliveries that reached a state", "state", _STATES, s.deliveries)
         yield _counter("database_losses", "Times that a connection to the database was lost", s.database_losses)

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
 
 from dispatcher.core.addresses import Guard
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.catalogue import Catalogue
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.rendering import Payload
-from dispatcher.model import Attempt, BodyStyle, Endpoint
+from dispatcher.model import BodyStyle, Endpoint
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore

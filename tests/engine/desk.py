@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dispatcher.core.addresses import Guard
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.lanes import Lanes
 from dispatcher.core.rendering import Payload
@@ -24,7 +25,7 @@ from dispatcher.engine.connection import Released
 from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Row
 from dispatcher.engine.ledger import HELD_UNTIL, Ledger
 from dispatcher.engine.retries import Retries
-from dispatcher.model import AccountId, Attempt, DeliveryKey, Endpoint, EndpointId, EndpointStatus, Result
+from dispatcher.model import AccountId, DeliveryKey, Endpoint, EndpointId, EndpointStatus, Result
 from dispatcher.moments import of_datetime
 from dispatcher.store.shard import Batch
 from dispatcher.telemetry import Telemetry

@@ -668,6 +668,7 @@ async def test_event_that_cannot_be_sent_is_discarded_with_a_reason_and_blocks_n
     assert [arrival.n for arrival in house.receiver.arrivals] == [2]
 
 
+@pytest.mark.interpreted
 async def test_error_text_the_database_cannot_hold_stops_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     await house.webhook(retry=[0.01])
     running = await house.start()
@@ -695,6 +696,7 @@ async def test_writes_go_on_with_asynchronous_commit(house: House) -> None:
     await until(lambda: house.settled(100))
 
 
+@pytest.mark.interpreted
 async def test_large_events_are_read_in_short_pages(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "PAGE_BYTES", 100_000)
     monkeypatch.setattr(outbox, "OPEN_BYTES_MAX", 300_000)

@@ -11,9 +11,10 @@ import pytest
 from house import IDS, Arrival, House, until
 
 from dispatcher.config import Log
+from dispatcher.core.attempt import Attempt
 from dispatcher.engine.journal import LINES_PER_S, Journal
 from dispatcher.logs import start_logging
-from dispatcher.model import Attempt, Result
+from dispatcher.model import Result
 
 KEYS = [
     "timestamp", "level", "event", "logger", "account", "webhook", "delivery", "event_id", "type", "attempt", "result",

@@ -294,6 +294,7 @@ async def test_beside_an_open_transaction_nothing_is_read_again_and_again(databa
         await each.close()
 
 
+@pytest.mark.interpreted
 async def test_what_a_restored_cursor_does_not_see_was_written_after_its_time(database: str) -> None:
     """Or it would be taken for a row that came with the restore, and lost."""
     application = await asyncpg.connect(database)
@@ -433,6 +434,7 @@ async def _passed(house: House, xid: int) -> bool:
     return bool(row["xmin"] > xid)
 
 
+@pytest.mark.interpreted
 async def test_to_wait_for_endpoints_is_progress_and_to_wait_for_our_own_ledger_is_none() -> None:
     """What feeds the watchdog: a ledger that writes no more must not be kept alive by the reader that waits for it."""
     turns = 0

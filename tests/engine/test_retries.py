@@ -138,6 +138,7 @@ async def test_key_too_far_ahead_for_the_ring_comes_back_with_a_refill() -> None
     desk.check_settled()
 
 
+@pytest.mark.interpreted
 async def test_full_wheel_takes_the_rest_when_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "WHEEL_KEYS_MAX", 3)
     desk = Desk(endpoint(1, max_concurrency=16, schedule_s=(30.0,)))

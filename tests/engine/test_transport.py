@@ -21,11 +21,12 @@ import uvloop
 from wire import GUARD, OK, REQUEST, TARGET, StillPipe, Wire, answer
 
 from dispatcher.core.addresses import Guard, Target
+from dispatcher.core.attempt import Attempt
 from dispatcher.engine import transport as module
 from dispatcher.engine.connection import Connection, Released
 from dispatcher.engine.dialer import DialFailed
 from dispatcher.engine.transport import Origin, Transport, TransportSettings
-from dispatcher.model import Attempt, Result
+from dispatcher.model import Result
 
 
 def test_a_complete_response_is_an_attempt() -> None:
@@ -376,6 +377,7 @@ def test_a_waiting_request_times_out_in_the_phase_of_its_dial() -> None:
     assert wire.attempt.sent_at == 0.0
 
 
+@pytest.mark.interpreted
 def test_a_request_without_a_dial_slot_is_released_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DIALS_MAX", 1)
     wire = Wire()
@@ -386,6 +388,7 @@ def test_a_request_without_a_dial_slot_is_released_when_its_time_is_over(monkeyp
     assert isinstance(wire.attempt, Released)
 
 
+@pytest.mark.interpreted
 def test_one_origin_gets_its_share_of_dials_and_the_rest_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DIALS_MAX", 40)
     wire = Wire()

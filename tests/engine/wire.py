@@ -7,13 +7,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from dispatcher.core.addresses import Guard
+from dispatcher.core.addresses import Guard, Target
+from dispatcher.core.attempt import Attempt
 from dispatcher.engine import dialer
-from dispatcher.engine import transport as module
 from dispatcher.engine.connection import Connection
 from dispatcher.engine.dialer import Phase
 from dispatcher.engine.transport import Origin, Transport, TransportSettings
-from dispatcher.model import Attempt
 
 REQUEST = b"POST /hook HTTP/1.1\r\nHost: receiver.test\r\nContent-Length: 2\r\n\r\n{}"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -42,6 +41,9 @@ class StillLoop:
         self.timers.append(StillTimer(self.now + delay, callback))
         return self.timers[-1]
 
+    def create_task(self, _: None, *, name: str) -> StillTask:
+        return StillTask()
+
     def turn(self) -> None:
         """Run what was scheduled for the next turn."""
         soon, self.soon = self.soon, []
@@ -68,6 +70,17 @@ class StillTimer:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+
+class StillTask:
+    """A dial under way, for ever."""
+
+    def add_done_callback(self, _: Callable[..., Any]) -> None:
+        """It is never done."""
+
+    def cancel(self) -> bool:
+        """Nor does it listen."""
+        return False
 
 
 class StillPipe(asyncio.Transport):
@@ -102,18 +115,16 @@ class Wire:
         self.loop = StillLoop()
         self.transport = Transport(settings=TransportSettings(**settings), guard=GUARD, loop=self.loop)  # type: ignore[arg-type]
         self.begun: list[Origin] = []  # a dial each; none ever ends
-        self.transport._begin_dial = self._begin_dial  # type: ignore[method-assign]
+        self.transport._dialer = self  # type: ignore[assignment]
         self.origin = self.transport.origin(TARGET)
         self.came: list[tuple[Any, Attempt]] = []
         self.pipe = StillPipe()
         self.connection = self.open(self.origin, self.pipe)
 
-    def _begin_dial(self, origin: Origin) -> None:
-        dial = module.Dial(origin.waiting[len(origin.dials)].deadline)
-        dial.phase = Phase.CONNECT
-        origin.dials.append(dial)
-        self.transport._dials[dial] = origin
-        self.begun.append(origin)
+    def dial(self, _target: Target, make: functools.partial[Connection], progress: Callable[[Phase], None]) -> None:
+        """In the dialer's place: a dial that connects and never ends."""
+        progress(Phase.CONNECT)
+        self.begun.append(make.args[0])
 
     def open(self, origin: Origin, pipe: StillPipe) -> Connection:
         connection = Connection(origin)

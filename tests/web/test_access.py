@@ -20,10 +20,11 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 import dispatcher
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.catalogue import Catalogue
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.signing import Signer
-from dispatcher.model import Attempt, Result
+from dispatcher.model import Result
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.database import statements
 from dispatcher.store.deliveries import DeliveryStore

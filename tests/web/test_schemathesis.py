@@ -28,10 +28,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from dispatcher.core.addresses import Guard
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.backoff import PRESETS
 from dispatcher.core.catalogue import Catalogue
 from dispatcher.core.ids import DeliveryIds
-from dispatcher.model import Attempt, Result
+from dispatcher.model import Result
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.database import open_pool
 from dispatcher.store.deliveries import DeliveryStore

@@ -14,10 +14,11 @@ from aiohttp.test_utils import TestClient, TestServer
 from multidict import CIMultiDictProxy
 
 from dispatcher.core.addresses import Guard
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.backoff import PRESETS
 from dispatcher.core.catalogue import Catalogue
 from dispatcher.core.ids import DeliveryIds
-from dispatcher.model import Attempt, Result
+from dispatcher.model import Result
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.database import open_pool
 from dispatcher.store.deliveries import DeliveryStore

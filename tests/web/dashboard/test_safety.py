@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dispatcher.model import Attempt, Result
+from dispatcher.core.attempt import Attempt
+from dispatcher.model import Result
 from dispatcher.web.dashboard.rendering import POLICY
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dispatcher.core.attempt import Attempt
 from dispatcher.core.signing import standard_key
-from dispatcher.model import Attempt, BodyStyle, Result
+from dispatcher.model import BodyStyle, Result
 from dispatcher.web.dashboard.visits import SESSION_COOKIE, ZONE_COOKIE
 
 if TYPE_CHECKING:
