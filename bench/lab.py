@@ -605,7 +605,6 @@ class Cell:
             "metrics": {"listen": metrics},
             "network": {"allow": ["127.0.0.0/8"], "allow_http": True},
             "state": {"directory": str(self.directory)},
-            "log": {"format": "text"},
         }
         for section, keys in self._config.items():
             settings.setdefault(section, {}).update(keys)

@@ -24,6 +24,7 @@ import pytest
 import structlog
 import uvloop
 
+import dispatcher
 from dispatcher import logs
 from dispatcher.build import IS_COMPILED
 from dispatcher.embedded import DATABASE, EmbeddedPostgres
@@ -47,7 +48,14 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C reach the programs under test also where this run was put into the background, which ignores it."""
+    """Let Ctrl-C reach the programs under test also where this run was put into the background, which ignores it.
+
+    And let nobody test yesterday's program: a compiled module goes before the source it was made from.
+    """
+    for module in Path(dispatcher.__file__).parent.rglob("*.so"):
+        source = module.with_name(module.name.partition(".")[0] + ".py")
+        if source.stat().st_mtime > module.stat().st_mtime:
+            pytest.exit(f"{module} is older than its source: delete every *.so here, or build anew", returncode=2)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -8,6 +8,8 @@ from world import World
 
 SEEDS_MAX = 60
 
+pytestmark = pytest.mark.interpreted
+
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_found(mutant: Mutant) -> None:
