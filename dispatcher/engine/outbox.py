@@ -55,9 +55,9 @@ OPEN_BYTES_MAX: Final = 256 << 20  # of data in pages not resolved
 POLL_S: Final = 0.002  # while awake
 POLL_BUSY_S: Final = 0.005  # above BUSY_ROWS_PER_S: fewer, fuller pages
 BUSY_ROWS_PER_S: Final = 5000
-AWAKE_ROWS_PER_S: Final = 1000  # faster than this, polling is cheaper than being told, for us and for the producers
+AWAKE_COMMITS_PER_S: Final = 1000  # faster than this, polling is cheaper than being told, for us and for the producers
 # While we sleep, producers notify, and so commit one after the other: what they could do awake cannot be seen in their
-# rate. It shows in how many transactions are open at once when something arrives.
+# rate. It shows in how many transactions are open, on the average, when something arrives.
 CROWD_OF_WRITERS: Final = 3
 CROWD_S: Final = 1.0
 RATE_WINDOW_S: Final = 0.05
@@ -117,8 +117,9 @@ class OutboxReader:
         self._barrier = 0  # while not zero: asleep, but not sure yet
         self._idle_since = self._loop.time()
         self._window_from = self._loop.time()
-        self._window_rows = 0
-        self._rate = 0.0
+        self._window_rows = self._window_commits = 0
+        self._window_polls = self._window_running = 0  # polls that found something, and the transactions open then
+        self._rows_per_s = self._commits_per_s = 0.0
         self._crowded_at = -math.inf
         self._spill_at = 0.0  # not before
 
@@ -170,7 +171,7 @@ class OutboxReader:
                 self.read_seq = max(self.read_seq, page.rows[-1][3])
             if page.complete:
                 self.recovering = self.recovering and not began_here
-                await self._pace(len(page.rows), page.after.prev)
+                await self._pace(page.rows, page.after.prev)
 
     def _advance(self, cursor: Cursor) -> None:
         """Nothing is open: the cursor may follow, but need not be written at every poll."""
@@ -343,20 +344,20 @@ class OutboxReader:
 
     # ── awake and asleep ───────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _pace(self, rows: int, snapshot: Snapshot) -> None:
-        """After a whole difference: wait for the next, as long as it is worth waiting."""
+    async def _pace(self, rows: list[Any], snapshot: Snapshot) -> None:
+        """After a whole difference, of which `rows` came last: wait for the next, as long as it is worth waiting."""
         now = self._loop.time()
         if rows:
             self._idle_since = now
-            if len(snapshot[2]) >= CROWD_OF_WRITERS:
-                self._crowded_at = now
+            self._window_polls += 1
+            self._window_running += len(snapshot[2])
         self._measure(now, rows)
-        stays_awake = self._rate >= AWAKE_ROWS_PER_S or now - self._crowded_at < CROWD_S
+        stays_awake = self._commits_per_s >= AWAKE_COMMITS_PER_S or now - self._crowded_at < CROWD_S
         if not self._asleep:
             if now - self._idle_since > LINGER_S and not stays_awake:
                 await self._fall_asleep()
             else:
-                await asyncio.sleep(POLL_BUSY_S if self._rate > BUSY_ROWS_PER_S else POLL_S)
+                await asyncio.sleep(POLL_BUSY_S if self._rows_per_s > BUSY_ROWS_PER_S else POLL_S)
             return
         if self._barrier and snapshot[0] > self._barrier:
             self._barrier = 0
@@ -366,12 +367,16 @@ class OutboxReader:
         low, high = self._safety_s
         await self._sleep(GENTLE_S if self._barrier else low + (high - low) * self._random())
 
-    def _measure(self, now: float, rows: int) -> None:
-        self._window_rows += rows
+    def _measure(self, now: float, rows: list[Any]) -> None:
+        self._window_rows += len(rows)
+        self._window_commits += len({row[4] for row in rows})  # a transaction notifies once, whatever it wrote
         span = now - self._window_from
         if span >= RATE_WINDOW_S:
-            self._rate = self._window_rows / span
-            self._window_from, self._window_rows = now, 0
+            self._rows_per_s, self._commits_per_s = self._window_rows / span, self._window_commits / span
+            if self._window_running >= CROWD_OF_WRITERS * max(1, self._window_polls):
+                self._crowded_at = now
+            self._window_from, self._window_rows, self._window_commits = now, 0, 0
+            self._window_polls = self._window_running = 0
 
     async def _sleep(self, timeout_s: float) -> None:
         if not self.notified.is_set():

@@ -534,13 +534,12 @@ class World:
             return
         for _ in range(4):
             self._later(self.dice.uniform(0.05, 0.13), self._produce)
-        for n in range(0, events, 10):
-            self._later(0.0005 * n, self._write_at_once, min(10, events - n))
+        for n in range(events):
+            self._later(0.0005 * n, self._write_at_once)
 
-    def _write_at_once(self, events: int) -> None:
+    def _write_at_once(self) -> None:
         transaction = self.server.begin()
-        for _ in range(events):
-            self._emit(transaction)
+        self._emit(transaction)
         self._end(transaction, False)
 
     def _emit(self, transaction: Transaction) -> None:
