@@ -9,8 +9,8 @@ webhook whose creation committed before an event committed receives it, and an e
 webhook's creation is none of its business: the endpoint remembers the snapshot it was born in.
 
 **Rule, waking.** Asleep means holding a shared advisory lock; a producer's trigger notifies only then. Under light
-load the reader stays asleep and is told of every commit; when events come fast, or from several producers at once, it
-wakes, lets go of the lock and polls.
+load the reader stays asleep and is told of every commit; when commits come fast, or several are under way all the time,
+it wakes, lets go of the lock and polls. Commits count, not rows: a transaction notifies once, whatever it wrote.
 
 **Falling asleep without losing a wake-up.** A producer may probe the lock at its INSERT, find everybody awake, stay
 silent and commit after our last poll. So: linger; take the lock; take an own transaction id X as barrier; poll until
