@@ -39,7 +39,7 @@ from dispatcher.core.traces import is_traceparent
 from dispatcher.core.window import Health
 from dispatcher.engine.connection import Released
 from dispatcher.engine.journal import Journal
-from dispatcher.engine.ledger import HELD_UNTIL, Ledger
+from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.spans import Spans
 from dispatcher.errors import AddressRefused, Undeliverable
 from dispatcher.model import (
@@ -52,6 +52,7 @@ from dispatcher.model import (
     Result,
 )
 from dispatcher.moments import BEGINNING_UNIX_S, SECOND_US, to_datetime, whole_second
+from dispatcher.store.shard import HELD_UNTIL
 from dispatcher.telemetry import Telemetry
 
 PULL_BELOW: Final = 64  # whoever has more than this queued is not asked whether it is hungry

@@ -31,14 +31,11 @@ from dispatcher.core.attempt import Attempt
 from dispatcher.model import DeliveryKey, DeliveryState, Endpoint
 from dispatcher.store.endpoints import EndpointHealth
 from dispatcher.store.outbox import Cursor
-from dispatcher.store.shard import Batch, ShardStore
+from dispatcher.store.shard import HELD_UNTIL, Batch, ShardStore
 from dispatcher.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from dispatcher.engine.deliverer import Delivery, OpenPage, Subscriber
-
-HELD_UNTIL: Final = datetime.max  # noqa: DTZ901
-"""How asyncpg spells PostgreSQL's 'infinity'."""
 
 BATCH_ROWS_MAX: Final = 1000  # 2 µs a row in PostgreSQL: 2-3 ms, short beside the fsync it shares
 DELAY_S: Final = 0.050  # what a row may wait for company: at 200 rows/s ten share a flush and its fsync
@@ -54,6 +51,14 @@ _EXHAUSTED: Final = DeliveryState.EXHAUSTED.value
 
 
 @dataclasses.dataclass(slots=True)
+class _Parked:
+    """What of one webhook was parked: how many, and the oldest of them."""
+
+    rows: int
+    oldest: tuple[int, int]  # event sequence, generation
+
+
+@dataclasses.dataclass(slots=True)
 class _Open:
     """What collects until the next flush."""
 
@@ -62,7 +67,7 @@ class _Open:
     settled: list[DeliveryKey] = dataclasses.field(default_factory=list)
     discarded: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     pages: list[OpenPage] = dataclasses.field(default_factory=list)
-    parked: list[tuple[Subscriber, int, int]] = dataclasses.field(default_factory=list)  # with sequence and generation
+    parked: dict[Subscriber, _Parked] = dataclasses.field(default_factory=dict)
     left: list[DeliveryKey] = dataclasses.field(default_factory=list)  # no longer in memory once this has committed
     disabled: dict[int, str] = dataclasses.field(default_factory=dict)
     health: dict[int, EndpointHealth] = dataclasses.field(default_factory=dict)
@@ -156,12 +161,22 @@ class Ledger:
     ) -> None:
         """Write a delivery's pending row. Unless it is a straggler's, the delivery leaves memory with it."""
         event, key = delivery.event, delivery.key
+        endpoint_id, seq, generation = key
         opened = self._open
-        opened.pending[key] = (*key, event.xid, event.written_at, state, delivery.attempts, due, _storable(error))
+        opened.pending[key] = (
+            endpoint_id, seq, generation, event.xid, event.written_at, state, delivery.attempts, due,
+            error and _storable(error),
+        )  # fmt: skip
         if not straggler:
             opened.left.append(key)
             if due is HELD_UNTIL:
-                opened.parked.append((delivery.subscriber, event.seq, delivery.generation))
+                parked = opened.parked.get(delivery.subscriber)
+                if parked is None:
+                    opened.parked[delivery.subscriber] = _Parked(1, (seq, generation))
+                else:
+                    parked.rows += 1
+                    if seq <= parked.oldest[0]:
+                        parked.oldest = min(parked.oldest, (seq, generation))
         self._resolve(delivery)
         self._arm()
 
@@ -310,13 +325,13 @@ class Ledger:
     def _committed(self, batch: Batch, opened: _Open) -> None:
         self._doubt = None
         self._written = batch.cursor or self._written
-        for subscriber, seq, generation in opened.parked:
-            subscriber.unflushed -= 1
-            subscriber.returned = max(0, subscriber.returned - 1)
+        for subscriber, parked in opened.parked.items():
+            subscriber.unflushed -= parked.rows
+            subscriber.returned = max(0, subscriber.returned - parked.rows)
+            seq, generation = parked.oldest
             subscriber.rewind((seq, generation - 1))
         due = [(key, row[7]) for key, row in opened.pending.items() if row[7] is not HELD_UNTIL]
-        parked = list({id(parked[0]): parked[0] for parked in opened.parked}.values()) if opened.parked else []
-        self.on_commit(Committed(due, opened.left, parked))
+        self.on_commit(Committed(due, opened.left, list(opened.parked)))
 
     async def resume(self, shard: ShardStore, endpoints: Any, epoch: int, last_batch: int) -> None:
         """On a new connection, before anything else: settle the batch in doubt, or count on from the shard's."""
@@ -334,8 +349,8 @@ class Ledger:
         """Another daemon owns the shard: nothing of this may be written any more."""
         opened = [self._open] + ([self._doubt[1]] if self._doubt else [])
         for each in opened:
-            for subscriber, _, _ in each.parked:
-                subscriber.unflushed -= 1
+            for subscriber, parked in each.parked.items():
+                subscriber.unflushed -= parked.rows
         self._open, self._doubt, self._health = _Open(), None, {}
 
 

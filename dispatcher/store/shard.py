@@ -15,10 +15,13 @@ from typing import Any, Final
 import asyncpg
 
 from dispatcher.errors import Fenced
+from dispatcher.model import DeliveryState
 from dispatcher.store.database import statements
 from dispatcher.store.outbox import Cursor, Snapshot
 
 FENCED_SQLSTATE: Final = "P0F01"
+HELD_UNTIL: Final = datetime.max  # noqa: DTZ901
+"""How asyncpg spells PostgreSQL's 'infinity'."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,16 +60,39 @@ class Batch:
 
 
 _NOTHING: Final[dict[int, list[tuple[Any, ...]]]] = {width: [()] * width for width in (2, 3, 9, 12)}
+_STATE: Final = 5  # of an attempt
+_DUE_AT: Final = 7  # of a pending row
+_DELIVERED: Final = DeliveryState.DELIVERED.value
 
 
 def _columns(rows: list[Any], width: int) -> list[tuple[Any, ...]]:
     return list(zip(*rows, strict=True)) if rows else _NOTHING[width]
 
 
-def _shortened(columns: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """What is the same in every row once: asyncpg spends 0.2 µs on each element it encodes."""
-    key, *rest = columns
-    return [key, *(column[:1] if column.count(column[0]) == len(column) else column for column in rest)]
+def _condensed(rows: list[Any], width: int, field: int, usual: Any) -> tuple[list[tuple[Any, ...]], list[int]]:
+    """Rows as columns; and for each but the first, how many rows its first element stands for.
+
+    asyncpg spends 0.2 to 0.6 µs on each element it encodes, and most rows say the same: those whose `field` has the
+    `usual` value come first.
+    """
+    columns = _columns(rows, width)
+    if not rows:
+        return columns, [0] * (width - 1)
+    alike = columns[field].count(usual)
+    if 0 < alike < len(rows):
+        rows = [row for row in rows if row[field] == usual] + [row for row in rows if row[field] != usual]
+        columns = _columns(rows, width)
+    runs = [_run(column, alike) for column in columns[1:]]
+    return [columns[0], *((column[0], *column[run:]) for column, run in zip(columns[1:], runs, strict=True))], runs
+
+
+def _run(column: tuple[Any, ...], alike: int) -> int:
+    """How many elements are as the first: all of them, or the first `alike`, or just the one."""
+    first = column[0]
+    for length in (len(column), alike):
+        if length and column[length - 1] == first and column[:length].count(first) == length:
+            return length
+    return 1
 
 
 class ShardStore:
@@ -123,16 +149,20 @@ class ShardStore:
             self._flush = await self._connection.prepare(self._sql["flush"])
         c = batch.cursor
         where = (c.prev, c.prev_at, c.cur, c.at_xid, c.at_seq) if c else (None,) * 5
+        attempts, attempts_alike = _condensed(batch.attempts, 12, _STATE, _DELIVERED)
+        pending, pending_alike = _condensed(batch.pending, 9, _DUE_AT, HELD_UNTIL)
         try:
             written = await self._flush.fetchval(
                 self._shard,
                 epoch,
                 batch.number,
                 *where,
-                *(_shortened(_columns(batch.attempts, 12)) if batch.attempts else _NOTHING[12]),
-                *_columns(batch.pending, 9),
+                *attempts,
+                *pending,
                 *_columns(batch.settled, 3),
                 *_columns(batch.discarded, 2),
+                attempts_alike,
+                pending_alike,
             )
         except asyncpg.PostgresError as error:
             if error.sqlstate == FENCED_SQLSTATE:

@@ -23,11 +23,11 @@ from dispatcher.core.rendering import Payload
 from dispatcher.core.routing import Registry
 from dispatcher.engine.connection import Released
 from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Row
-from dispatcher.engine.ledger import HELD_UNTIL, Ledger
+from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.retries import Retries
 from dispatcher.model import AccountId, DeliveryKey, Endpoint, EndpointId, EndpointStatus, Result
 from dispatcher.moments import of_datetime
-from dispatcher.store.shard import Batch
+from dispatcher.store.shard import HELD_UNTIL, Batch
 from dispatcher.telemetry import Telemetry
 
 EPOCH = datetime(2030, 1, 1, tzinfo=UTC)

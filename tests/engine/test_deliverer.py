@@ -11,8 +11,8 @@ from desk import Desk, endpoint
 
 from dispatcher.core.window import Health
 from dispatcher.engine.deliverer import LANE_DUE_MAX, SENDS_PER_TURN, Row
-from dispatcher.engine.ledger import HELD_UNTIL
 from dispatcher.model import EndpointStatus
+from dispatcher.store.shard import HELD_UNTIL
 
 PAUSED, ACTIVE, DISABLED = EndpointStatus.PAUSED, EndpointStatus.ACTIVE, EndpointStatus.DISABLED
 

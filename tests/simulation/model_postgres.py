@@ -706,8 +706,8 @@ def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> 
     if prev is not None:
         shard.update(prev=prev, prev_at=prev_at, cur=cur, at_xid=at_xid, at_seq=at_seq)
     rows = {
-        "attempts": list(zip(*_whole(arguments[8:20]), strict=True)),
-        "pending": list(zip(*arguments[20:29], strict=True)),
+        "attempts": list(zip(*_whole(arguments[8:20], arguments[34]), strict=True)),
+        "pending": list(zip(*_whole(arguments[20:29], arguments[35]), strict=True)),
         "settled": list(zip(*arguments[29:32], strict=True)),
         "discarded": list(zip(*arguments[32:34], strict=True)),
     }
@@ -727,10 +727,13 @@ def _flush(server: ModelPostgres, transaction: Transaction, *arguments: Any) -> 
     return [(True,)]
 
 
-def _whole(columns: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """Columns as the statement makes them: one that says the same in every row comes as one element."""
-    rows = len(columns[0])
-    return [column * rows if len(column) == 1 else column for column in columns]
+def _whole(columns: Sequence[Sequence[Any]], alike: Sequence[int]) -> list[Sequence[Any]]:
+    """Columns as the statement makes them: behind the key, the first element may stand for many rows."""
+    key, *rest = columns
+    return [
+        key,
+        *([*column[:1] * run, *column[1:]] if run > 1 else column for column, run in zip(rest, alike, strict=True)),
+    ]
 
 
 def _undo(server: ModelPostgres) -> Callable[[], None]:

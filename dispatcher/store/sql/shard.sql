@@ -52,21 +52,31 @@ GROUP BY parent.relname;
 SELECT pg_current_xact_id();
 
 -- name: flush
--- A column of attempts that says the same in every row comes as one element: most are first ones that were delivered.
+-- Of attempts ($9 to $20) and pending rows ($21 to $29) the first element of a column may stand for many rows: $35 and $36
+-- say for how many, column by column behind the first. Most attempts are first ones that were delivered.
 SELECT dispatcher.flush(
     $1, $2, $3, $4, $5, $6, $7, $8, $9,
-    CASE WHEN cardinality($10::xid8[]) = 1 THEN array_fill(($10::xid8[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $10::xid8[] END,
-    CASE WHEN cardinality($11::integer[]) = 1 THEN array_fill(($11::integer[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $11::integer[] END,
-    CASE WHEN cardinality($12::integer[]) = 1 THEN array_fill(($12::integer[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $12::integer[] END,
-    CASE WHEN cardinality($13::smallint[]) = 1 THEN array_fill(($13::smallint[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $13::smallint[] END,
-    CASE WHEN cardinality($14::text[]) = 1 THEN array_fill(($14::text[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $14::text[] END,
-    CASE WHEN cardinality($15::text[]) = 1 THEN array_fill(($15::text[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $15::text[] END,
-    CASE WHEN cardinality($16::smallint[]) = 1 THEN array_fill(($16::smallint[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $16::smallint[] END,
-    CASE WHEN cardinality($17::integer[]) = 1 THEN array_fill(($17::integer[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $17::integer[] END,
-    CASE WHEN cardinality($18::text[]) = 1 THEN array_fill(($18::text[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $18::text[] END,
-    CASE WHEN cardinality($19::bytea[]) = 1 THEN array_fill(($19::bytea[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $19::bytea[] END,
-    CASE WHEN cardinality($20::bytea[]) = 1 THEN array_fill(($20::bytea[])[1], ARRAY[cardinality($9::bigint[])]) ELSE $20::bytea[] END,
-    $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34);
+    CASE WHEN ($35::integer[])[1] > 1 THEN array_fill(($10::xid8[])[1], ARRAY[($35::integer[])[1]]) || ($10::xid8[])[2:] ELSE $10 END,
+    CASE WHEN ($35::integer[])[2] > 1 THEN array_fill(($11::integer[])[1], ARRAY[($35::integer[])[2]]) || ($11::integer[])[2:] ELSE $11 END,
+    CASE WHEN ($35::integer[])[3] > 1 THEN array_fill(($12::integer[])[1], ARRAY[($35::integer[])[3]]) || ($12::integer[])[2:] ELSE $12 END,
+    CASE WHEN ($35::integer[])[4] > 1 THEN array_fill(($13::smallint[])[1], ARRAY[($35::integer[])[4]]) || ($13::smallint[])[2:] ELSE $13 END,
+    CASE WHEN ($35::integer[])[5] > 1 THEN array_fill(($14::text[])[1], ARRAY[($35::integer[])[5]]) || ($14::text[])[2:] ELSE $14 END,
+    CASE WHEN ($35::integer[])[6] > 1 THEN array_fill(($15::text[])[1], ARRAY[($35::integer[])[6]]) || ($15::text[])[2:] ELSE $15 END,
+    CASE WHEN ($35::integer[])[7] > 1 THEN array_fill(($16::smallint[])[1], ARRAY[($35::integer[])[7]]) || ($16::smallint[])[2:] ELSE $16 END,
+    CASE WHEN ($35::integer[])[8] > 1 THEN array_fill(($17::integer[])[1], ARRAY[($35::integer[])[8]]) || ($17::integer[])[2:] ELSE $17 END,
+    CASE WHEN ($35::integer[])[9] > 1 THEN array_fill(($18::text[])[1], ARRAY[($35::integer[])[9]]) || ($18::text[])[2:] ELSE $18 END,
+    CASE WHEN ($35::integer[])[10] > 1 THEN array_fill(($19::bytea[])[1], ARRAY[($35::integer[])[10]]) || ($19::bytea[])[2:] ELSE $19 END,
+    CASE WHEN ($35::integer[])[11] > 1 THEN array_fill(($20::bytea[])[1], ARRAY[($35::integer[])[11]]) || ($20::bytea[])[2:] ELSE $20 END,
+    $21,
+    CASE WHEN ($36::integer[])[1] > 1 THEN array_fill(($22::bigint[])[1], ARRAY[($36::integer[])[1]]) || ($22::bigint[])[2:] ELSE $22 END,
+    CASE WHEN ($36::integer[])[2] > 1 THEN array_fill(($23::integer[])[1], ARRAY[($36::integer[])[2]]) || ($23::integer[])[2:] ELSE $23 END,
+    CASE WHEN ($36::integer[])[3] > 1 THEN array_fill(($24::xid8[])[1], ARRAY[($36::integer[])[3]]) || ($24::xid8[])[2:] ELSE $24 END,
+    CASE WHEN ($36::integer[])[4] > 1 THEN array_fill(($25::timestamptz[])[1], ARRAY[($36::integer[])[4]]) || ($25::timestamptz[])[2:] ELSE $25 END,
+    CASE WHEN ($36::integer[])[5] > 1 THEN array_fill(($26::text[])[1], ARRAY[($36::integer[])[5]]) || ($26::text[])[2:] ELSE $26 END,
+    CASE WHEN ($36::integer[])[6] > 1 THEN array_fill(($27::smallint[])[1], ARRAY[($36::integer[])[6]]) || ($27::smallint[])[2:] ELSE $27 END,
+    CASE WHEN ($36::integer[])[7] > 1 THEN array_fill(($28::timestamptz[])[1], ARRAY[($36::integer[])[7]]) || ($28::timestamptz[])[2:] ELSE $28 END,
+    CASE WHEN ($36::integer[])[8] > 1 THEN array_fill(($29::text[])[1], ARRAY[($36::integer[])[8]]) || ($29::text[])[2:] ELSE $29 END,
+    $30, $31, $32, $33, $34);
 
 -- name: heartbeat
 INSERT INTO dispatcher.instance (id, host, pid, role, version, started_at, heartbeat_at, snapshot)
