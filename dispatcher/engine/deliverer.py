@@ -21,7 +21,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Final, Protocol
@@ -100,11 +100,13 @@ def payload_of(event_id: str, type_: str, created_us: int | None, data: str | No
 
 
 class Event:
-    """One event in memory: where it lies in the outbox, and its payload."""
+    """One event in memory: where it lies in the outbox, and its payload; None where nobody is going to send it now."""
 
     __slots__ = ("payload", "seq", "traceparent", "written_us", "xid")
 
-    def __init__(self, seq: int, xid: int, written_us: int, payload: Payload, traceparent: str | None = None) -> None:
+    def __init__(
+        self, seq: int, xid: int, written_us: int, payload: Payload | None, traceparent: str | None = None
+    ) -> None:
         self.seq = seq
         self.xid = xid
         self.written_us = written_us  # a moment
@@ -395,8 +397,21 @@ class Deliverer:
         """Take a first attempt over: into its lane if that can take it, else held behind the others."""
         subscriber = delivery.subscriber
         self.taken += 1
-        if subscriber.backlog or self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not _QUEUED:
+        if (
+            subscriber.backlog
+            or delivery.event.payload is None
+            or self.lanes.offer(subscriber.lane, delivery, self._loop.time()) is not _QUEUED
+        ):
             self.park(delivery)
+
+    def holds_all(self, endpoints: Sequence[Endpoint]) -> bool:
+        """Whether a new event of all these webhooks would be parked: it is read again before it is sent."""
+        subscribers = self.subscribers
+        for endpoint in endpoints:
+            subscriber = subscribers.get(endpoint.id)
+            if subscriber is None or not subscriber.backlog:
+                return False
+        return True
 
     def recall(self, delivery: Delivery) -> bool:
         """Take over a delivery that has a pending row: it came due, or was pulled.
@@ -504,6 +519,7 @@ class Deliverer:
             return
         event = delivery.event
         payload = event.payload
+        assert payload is not None, "nothing is sent unread"
         if endpoint.body_style is _COMPACT:
             body = payload.compact
         else:
@@ -603,7 +619,9 @@ class Deliverer:
         telemetry.deliveries[state] += 1
         self._ledger.attempt(delivery, attempt, state, number, attempt.error)
         # What a webhook makes of our own news teaches nothing: there would be news of news without end.
-        if delivery.event.payload.type not in OWN_TYPES:
+        payload = delivery.event.payload
+        assert payload is not None, "nothing is sent unread"
+        if payload.type not in OWN_TYPES:
             self._ledger.learn(subscriber.endpoint, state, subscriber.error)
         if state is not _RETRYING and delivery.row is not _NO_ROW:
             self._ledger.settled(delivery)

@@ -85,6 +85,8 @@ class Journal:
         if not self._lines.is_on(level) or not self._has_room():
             return
         endpoint, event = delivery.subscriber.endpoint, delivery.event
+        payload = event.payload
+        assert payload is not None, "nothing is sent unread"
         self._lines.write(
             level,
             f"delivery.{state}",
@@ -92,8 +94,8 @@ class Journal:
                 "account": endpoint.account,
                 "webhook": endpoint.public_id,
                 "delivery": self._ids.id_of(endpoint.id, event.seq, delivery.generation),
-                "event_id": event.payload.event_id,
-                "type": event.payload.type,
+                "event_id": payload.event_id,
+                "type": payload.type,
                 "attempt": number,
                 "result": attempt.result.value,
                 "status": attempt.status or None,

@@ -201,7 +201,7 @@ class Ledger:
         self.settle_key((endpoint_id, seq, generation))
 
     def discard_event(self, seq: int, reason: str) -> None:
-        """Log that no body can be made of an event."""
+        """Log that no body can be made of an event; who finds it says so, and once is enough."""
         self._open.discarded.append((seq, reason))
         self._arm()
 
@@ -306,7 +306,7 @@ class Ledger:
             opened.attempts,
             list(opened.pending.values()),
             opened.settled,
-            opened.discarded,
+            sorted(opened.discarded),  # other shards may write the same ones: all in one order, or they would deadlock
             cursor,
         )
         self._doubt = (batch, opened)

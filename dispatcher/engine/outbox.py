@@ -92,7 +92,7 @@ class OutboxReader:
         self._connection = connection
         self._page_rows = page_rows
         self._safety_s = safety_s
-        self._has_duties = has_duties  # counts the events of all shards, and discards what cannot be sent
+        self._has_duties = has_duties  # for all shards: counts events, and looks at those nobody subscribed to
         self._sql = statements("shard")
         self._deliverer = deliverer
         self._ledger = ledger
@@ -260,19 +260,23 @@ class OutboxReader:
     def _pairs(self, rows: list[Any], born: Mapping[int, datetime] | None = None) -> list[tuple[Event, Endpoint]]:
         """Who gets what: (event, endpoint), events in the page's order.
 
+        What all its webhooks have to wait with is not looked at: half of its cost is the payload, and it is read again.
         With `born`, a webhook that existed by the clock is subscribed too.
         """
         pairs: list[tuple[Event, Endpoint]] = []
         match, all_since = self.registry.match, self.registry.all_since
+        holds_all = self._deliverer.holds_all
         for _, _, _, seq, xid, event_id, account, type_, data, created_us, written_us, traceparent in rows:
             endpoints = match(account, type_)
             if not endpoints and not self._has_duties:
                 continue
+            payload = None
             try:
-                payload = payload_of(event_id, type_, created_us, data)
+                if not endpoints or not holds_all(endpoints):
+                    payload = payload_of(event_id, type_, created_us, data)
             except Undeliverable as error:
+                self._ledger.discard_event(seq, str(error))
                 if self._has_duties:
-                    self._ledger.discard_event(seq, str(error))
                     self._deliverer.journal.discarded_event(event_id, account, type_, str(error))
                 continue
             if not endpoints:

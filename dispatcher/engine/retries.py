@@ -403,7 +403,7 @@ class Retries:
     def _recall(self, row: Any, kind: Row) -> bool:
         """Make a delivery of a pending row and hand it over; False if its lane cannot take it now."""
         endpoint_id, seq, generation, attempts, _, _, xid, written_us = row[:8]
-        event_id, _, type_, data, created_us, traceparent = row[8:]
+        event_id, account, type_, data, created_us, traceparent = row[8:]
         key = (endpoint_id, seq, generation)
         if key in self._deliverer.rows or (kind is Row.HELD and self._has_left(key)):
             return True
@@ -418,6 +418,8 @@ class Retries:
         try:
             payload = payload_of(event_id, type_, created_us, data)
         except Undeliverable as error:
+            self._ledger.discard_event(seq, str(error))
+            self._deliverer.journal.discarded_event(event_id, account, type_, str(error))
             self._bury_row(row, str(error))
             return True
         event = Event(seq, xid, written_us, payload, traceparent)

@@ -45,6 +45,8 @@ class Spans:
         from opentelemetry.trace import set_span_in_context
 
         endpoint, event = delivery.subscriber.endpoint, delivery.event
+        payload = event.payload
+        assert payload is not None, "nothing is sent unread"
         parent = event.traceparent
         context = self._propagator.extract({"traceparent": parent}) if parent and is_traceparent(parent) else None
         span = self._tracer.start_span(
@@ -54,11 +56,11 @@ class Spans:
             attributes={
                 "http.request.method": "POST",
                 "http.request.resend_count": delivery.attempts,
-                "messaging.message.id": event.payload.event_id,
+                "messaging.message.id": payload.event_id,
                 "dispatcher.account": endpoint.account,
                 "dispatcher.webhook": endpoint.public_id,
                 "dispatcher.delivery": self._ids.id_of(endpoint.id, event.seq, delivery.generation),
-                "dispatcher.event_type": event.payload.type,
+                "dispatcher.event_type": payload.type,
             },
         )
         self._open[delivery] = span

@@ -668,6 +668,26 @@ async def test_event_that_cannot_be_sent_is_discarded_with_a_reason_and_blocks_n
     assert [arrival.n for arrival in house.receiver.arrivals] == [2]
 
 
+async def test_event_that_cannot_be_sent_and_whose_webhook_holds_is_discarded_when_its_turn_comes(house: House) -> None:
+    webhook = await house.webhook()
+    await house.start()
+    await house.change(webhook, status="paused")
+    await house.emit(1)
+    await until(lambda: house.app.fetchval("SELECT count(*) = 1 FROM dispatcher.pending"))
+    insert = "INSERT INTO dispatcher.outbox (type, data) VALUES ('test.event', '[1]') RETURNING seq"
+    seq = await house.app.fetchval(insert)
+    await house.emit(3)
+    await until(lambda: house.app.fetchval("SELECT count(*) = 3 FROM dispatcher.pending"))
+    assert await house.app.fetchval("SELECT count(*) = 0 FROM dispatcher.discarded_event")
+    await house.change(webhook, status="active")
+    await until(lambda: house.settled(2))
+    [(event, why)] = await until(lambda: house.app.fetch("SELECT event_seq, reason FROM dispatcher.discarded_event"))
+    assert event == seq
+    assert "object" in why
+    assert [arrival.n for arrival in house.receiver.arrivals] == [1, 3]
+    await until(lambda: house.app.fetchval("SELECT count(*) = 0 FROM dispatcher.pending"))
+
+
 @pytest.mark.interpreted
 async def test_error_text_the_database_cannot_hold_stops_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     await house.webhook(retry=[0.01])

@@ -14,6 +14,7 @@ owner at a time, and a daemon that does not know yet that it lost its shard is b
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,6 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
         self.owed: dict[Pair, Event] = {}  # and not settled yet
         self.committed_at: dict[int, float] = {}  # by event sequence
         self.began_at: dict[int, float] = {}  # when its transaction began to write
-        self.odd: set[int] = set()  # events that cannot be sent
         self.finals: dict[Key, str] = {}
         self.replayed: set[Key] = set()  # queued by replays
         self.logged: dict[Key, int] = {}  # highest attempt on record
@@ -280,9 +280,7 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
     def _passed(self, number: int) -> None:
         """A shard's cursor has moved: everything it says is read must be settled or pending."""
         for (endpoint, seq), event in self.open.items():
-            # What cannot be sent is discarded by the first shard, whoever's it would be.
-            reader = min(self.server.shards) if seq in self.odd else self.server.shard_of(endpoint)
-            if reader == number and self._is_passed(event, number):
+            if self.server.shard_of(endpoint) == number and self._is_passed(event, number):
                 self.fail(f"event {seq} is lost for webhook {endpoint}: the cursor is beyond it")
                 return
 
@@ -461,14 +459,18 @@ class Judge(model_postgres.Watch, model_receivers.Watch):
 
     def _conclude_order(self, webhook: Webhook) -> None:
         youngest, began_at = 0, 0.0
-        for row in self.server.attempts:
-            seq = row[1]
-            if row[3] != webhook.id or row[4] or row[6] not in FINAL or row[7] is None:
-                continue
-            if self.committed_at[seq] < began_at:
-                self.fail(f"webhook {webhook.id} is ordered and had event {seq} settled after event {youngest}")
-            if self.began_at[seq] >= began_at:
-                youngest, began_at = seq, self.began_at[seq]
+        for _, flush in itertools.groupby(self.server.attempts, key=lambda row: row[0]):
+            # Rows of one flush have one time, and say nothing of their order: requests are judged as they come.
+            settled = [
+                row[1] for row in flush
+                if row[3] == webhook.id and not row[4] and row[6] in FINAL and row[7] is not None
+            ]  # fmt: skip
+            for seq in settled:
+                if self.committed_at[seq] < began_at:
+                    self.fail(f"webhook {webhook.id} is ordered and had event {seq} settled after event {youngest}")
+            for seq in settled:
+                if self.began_at[seq] >= began_at:
+                    youngest, began_at = seq, self.began_at[seq]
 
 
 def _owner(backend: Backend | None) -> str:

@@ -547,12 +547,9 @@ class World:
             return
         dice = self.dice
         type_, data = dice.choice(TYPES), f'{{"n": {dice.randrange(100)}}}'
-        is_odd = dice.random() < 0.03
-        if is_odd:
+        if dice.random() < 0.03:
             type_, data = dice.choice((("No Type", data), (type_, "[1]"), (type_, '{"x": NaN}')))
         event = transaction.emit(type_, data)
-        if is_odd:
-            self.judge.odd.add(event.seq)
         began_at = self.judge.began_at
         began_at[event.seq] = began_at.get(transaction.events[0].seq, self.loop.now)
         self.note("insert", f"event {event.seq} {type_} xid {event.xid}")
