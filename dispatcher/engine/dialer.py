@@ -28,6 +28,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import aiodns
 import aiohappyeyeballs
 import aiohappyeyeballs.types
+import uvloop
 
 from dispatcher.core.addresses import Guard, Target
 from dispatcher.errors import AddressRefused, DispatcherError
@@ -255,6 +256,8 @@ class Dialer:
             if not infos:
                 raise DialFailed(Result.CONNECT, f"no address of the family that {self._source} can reach")
         try:
+            if len(infos) == 1:
+                return await self._connect_to(infos[0])
             return await aiohappyeyeballs.start_connection(
                 infos,
                 happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S,
@@ -264,6 +267,19 @@ class Dialer:
             )
         except (OSError, RuntimeError) as error:  # uvloop reports some failures as RuntimeError
             raise _connect_failure(error) from error
+
+    async def _connect_to(self, info: aiohappyeyeballs.types.AddrInfoType) -> socket.socket:
+        opened, address = self._open_socket(info), info[4]
+        try:
+            opened.setblocking(False)
+            if isinstance(self._loop, uvloop.Loop):
+                await _connected(self._loop, opened, address)
+            else:
+                await self._loop.sock_connect(opened, address)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
 
     def _open_socket(self, info: aiohappyeyeballs.types.AddrInfoType) -> socket.socket:
         family, kind, protocol, _, _ = info
@@ -451,6 +467,26 @@ def _address_info(address: str, port: int) -> aiohappyeyeballs.types.AddrInfoTyp
     if ":" in address:
         return (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port, 0, 0))
     return (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port))
+
+
+async def _connected(loop: asyncio.AbstractEventLoop, opened: socket.socket, address: Any) -> None:
+    """Connect as uvloop's `sock_connect` does, which has a thread look even numbers up: half of a dial's cost."""
+    code = opened.connect_ex(address)
+    if code == errno.EINPROGRESS:
+        writable: asyncio.Future[None] = loop.create_future()
+        loop.add_writer(opened, _ring, writable)
+        try:
+            await writable
+        finally:
+            loop.remove_writer(opened)
+        code = opened.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def _ring(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _connect_failure(error: OSError | RuntimeError) -> DialFailed:
