@@ -21,7 +21,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Final, Protocol
@@ -74,6 +74,7 @@ _QUEUED: Final = Offer.QUEUED
 _TO_RELEASE: Final = Verdict.RELEASE
 _TO_DELIVERED: Final = Verdict.DELIVERED
 _TO_DISABLE: Final = Verdict.DISABLE
+_TO_RETRY: Final = Verdict.RETRY
 
 
 class Row(Enum):
@@ -85,6 +86,8 @@ class Row(Enum):
 
 
 _NO_ROW: Final = Row.NONE
+_DUE: Final = Row.DUE
+_HELD: Final = Row.HELD
 
 
 def payload_of(event_id: str, type_: str, created_us: int | None, data: str | None) -> Payload:
@@ -360,7 +363,7 @@ class Deliverer:
     def _hold(self, subscriber: Subscriber) -> None:
         if not subscriber.lane.paused:
             self.lanes.pause(subscriber.lane)
-        self._put_back(self.lanes.release(subscriber.lane))
+        self._put_back(subscriber, self.lanes.release(subscriber.lane))
 
     def _disable(self, subscriber: Subscriber) -> None:
         """Discard what waits. The subscriber stays: enabled again, it still has requests out and its head."""
@@ -420,10 +423,10 @@ class Deliverer:
         """
         subscriber = delivery.subscriber
         lane = subscriber.lane
-        is_due = delivery.row is Row.DUE
+        is_due = delivery.row is _DUE
         goes_beside = is_due and not subscriber.endpoint.ordered
         if not (is_due and len(lane.due) >= LANE_DUE_MAX) and (
-            self.lanes.offer(lane, delivery, self._loop.time(), retry=True, due=goes_beside) is Offer.QUEUED
+            self.lanes.offer(lane, delivery, self._loop.time(), retry=True, due=goes_beside) is _QUEUED
         ):
             self.taken += 1
             self.rows.add(delivery.key)
@@ -443,7 +446,7 @@ class Deliverer:
         subscriber.held = subscriber.backlog = True
         subscriber.parks += 1
         self.passed_on += 1
-        if delivery.row is Row.HELD:
+        if delivery.row is _HELD:
             self.rows.discard(delivery.key)
             subscriber.rewind()
             self.on_hungry(subscriber)
@@ -456,13 +459,15 @@ class Deliverer:
         self.rows.add(delivery.key)
         self._ledger.pending(delivery, _RETRYING if delivery.attempts else _PENDING, due, error)
 
-    def _put_back(self, deliveries: Iterable[Delivery]) -> None:
+    def _put_back(self, subscriber: Subscriber, deliveries: list[Delivery]) -> None:
         """Hold what was queued. Younger ones may have been parked before, in a batch that commits before this one."""
+        if not deliveries:
+            return
         for delivery in deliveries:
             self.park(delivery)
-            subscriber = delivery.subscriber
-            subscriber.await_order()
-            subscriber.rewind((delivery.event.seq, delivery.generation - 1))
+        subscriber.await_order()
+        oldest = min([(delivery.event.seq, delivery.generation) for delivery in deliveries])
+        subscriber.rewind((oldest[0], oldest[1] - 1))
 
     def discard(self, delivery: Delivery, reason: str) -> None:
         """Settle a delivery that will never be sent, without an attempt."""
@@ -575,7 +580,7 @@ class Deliverer:
         self._settle(delivery, attempt, outcome)
         dead = self.lanes.done(lane, outcome.signal, delivery.era, now, self._dead_delay_s)
         if dead is not None:
-            self._put_back(dead)
+            self._put_back(subscriber, dead)
         if subscriber.held and len(lane.todo) < PULL_BELOW:
             self.on_hungry(subscriber)
         if not self.in_flight:
@@ -630,7 +635,7 @@ class Deliverer:
         self, delivery: Delivery, attempt: Attempt, outcome: Outcome, number: int
     ) -> tuple[str, datetime | None]:
         """Plan the next attempt, if there is to be one; return the delivery's state and when that is."""
-        if outcome.verdict is not Verdict.RETRY:
+        if outcome.verdict is not _TO_RETRY:
             return _DISCARDED, None
         subscriber = delivery.subscriber
         wall = self._wall()
@@ -651,7 +656,7 @@ class Deliverer:
         subscriber = delivery.subscriber
         subscriber.head_key = delivery.key
         subscriber.held = subscriber.backlog = True
-        self._put_back(self.lanes.release(subscriber.lane))
+        self._put_back(subscriber, self.lanes.release(subscriber.lane))
 
     def _release(self, delivery: Delivery) -> None:
         """Our fault or our end, not the endpoint's: not counted, and due again soon."""
@@ -674,14 +679,14 @@ class Deliverer:
         for delivery in late:
             due = datetime.fromtimestamp(wall + delivery.subscriber.endpoint.timeout_s + due_s, UTC)
             self._ledger.pending(delivery, _PENDING, due, None, straggler=True)
-            delivery.row = Row.DUE
+            delivery.row = _DUE
             self.rows.add(delivery.key)
 
     def spill_old(self, page_before: float) -> None:
         """Hold the queues with deliveries read before `page_before` (loop time), so that the cursor may pass them."""
         for subscriber in self.subscribers.values():
             if any(_is_older(entry, page_before) for entry in subscriber.lane.todo):
-                self._put_back(self.lanes.release(subscriber.lane))
+                self._put_back(subscriber, self.lanes.release(subscriber.lane))
 
     def spill_slow(self, drain_s: float, stalled_s: float) -> None:
         """Hold the queues that will take longer than `drain_s`, or have stood still for `stalled_s`.
@@ -695,7 +700,7 @@ class Deliverer:
                 self.drain_estimate_s(lane) > drain_s
                 or (subscriber.answered_at < before and lane.todo and _is_older(lane.todo[0], before))
             ):
-                self._put_back(self.lanes.release(lane))
+                self._put_back(subscriber, self.lanes.release(lane))
 
     def drain_estimate_s(self, lane: Lane[Delivery]) -> float:
         """About how long a lane's queue takes. Who never answered may yet be fast, as long as that is a moment ago."""

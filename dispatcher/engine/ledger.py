@@ -225,9 +225,9 @@ class Ledger:
             exhausted = old.exhausted_at if old else None
             if exhausted is None and state == _EXHAUSTED:
                 exhausted = now
-            new = EndpointHealth(endpoint.id, since, exhausted, _storable(error))
             if old and old.failing_since and old.exhausted_at == exhausted:
                 return
+            new = EndpointHealth(endpoint.id, since, exhausted, _storable(error))
         self._health[endpoint.id] = self._open.health[endpoint.id] = new
 
     def forgive(self, endpoint_id: int) -> None:
