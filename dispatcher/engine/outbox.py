@@ -66,7 +66,7 @@ GENTLE_S: Final = 0.03
 SAFETY_S: Final = (1.0, 5.0)
 ROOM_S: Final = 0.002
 SPILL_S: Final = 0.020  # looking at a thousand lanes takes 0.3 ms: at every ROOM_S that was 8 % of the loop
-FAST_LANE_S: Final = 5.0  # a queue that is done within this is waited for, not spilled: half of all at 2,000/s
+FAST_LANE_S: Final = 5.0  # a queue that takes longer is held; one that is done within this is waited for
 STALLED_S: Final = 1.0  # what has stood still for so long is not fast any more, whatever it was
 FAST_LANE_PATIENCE_S: Final = 0.05
 CROWD_MIN: Final = 64  # no lane with fewer in its queue can be full
@@ -238,14 +238,19 @@ class OutboxReader:
             known = await self._known(pairs)
             pairs = [pair for pair in pairs if (pair[1].id, pair[0].seq) not in known] if known else pairs
         deliverer = self._deliverer
-        # Half of all room is free now, so that no short lane can be full, unless the room is no more than some pages.
+        # Half of all room is free now, so that no short lane can be full, unless the room is no more than some pages. A
+        # long one is held before it has filled the room: what it cannot send for seconds would only be put back.
         crowd = CROWD_MIN if deliverer.lanes.queued_max > 8 * self._page_rows else 0
         opened.left += len(pairs)
         for event, endpoint in pairs:
             subscriber = deliverer.subscriber(endpoint)
-            if len(subscriber.lane.todo) >= crowd and self._crowded(subscriber):
-                await self._wait_for_lane(subscriber)
-                subscriber = deliverer.subscriber(endpoint)
+            if len(subscriber.lane.todo) >= crowd and not subscriber.backlog:
+                if deliverer.drain_estimate_s(subscriber.lane) >= FAST_LANE_S:
+                    deliverer.hold(Delivery(event, subscriber, opened))
+                    continue
+                if self._crowded(subscriber):
+                    await self._wait_for_lane(subscriber)
+                    subscriber = deliverer.subscriber(endpoint)
             deliverer.offer(Delivery(event, subscriber, opened))
         self._telemetry.read += len(pairs)
         if self.recovering:  # what is held already may be younger than what is read again
