@@ -78,12 +78,14 @@ class Request:
 
 
 class KnownAnswer:
-    """A success that an endpoint has given: what begins with `start` and has `answer_bytes` in all is another one."""
+    """An answer that an endpoint has given: what begins with `start` and has `answer_bytes` in all is one more."""
 
-    __slots__ = ("answer_bytes", "head", "start", "status")
+    __slots__ = ("answer_bytes", "head", "result", "retry_after", "start", "status")
 
-    def __init__(self, status: int, head: bytes, answer_bytes: int) -> None:
+    def __init__(self, result: Result, status: int, retry_after: bytes | None, head: bytes, answer_bytes: int) -> None:
+        self.result = result
         self.status = status
+        self.retry_after = retry_after
         self.head = head  # without its empty line
         self.start = head + _END
         self.answer_bytes = answer_bytes
@@ -305,7 +307,10 @@ class Connection:
         origin = self._origin
         now = origin.time()
         body = data[len(known.start) :]
-        attempt = Attempt(_OK, known.status, None, None, known.head, body, self._sent_at, now - request.submitted_at)
+        attempt = Attempt(
+            known.result, known.status, None, known.retry_after, known.head, body, self._sent_at,
+            now - request.submitted_at,
+        )  # fmt: skip
         self._request = None
         origin.surprises = 0
         if self._paused:
@@ -343,8 +348,7 @@ class Connection:
         )
         self._request = None
         if self._keep_alive and not self._surplus and not self._paused:
-            if result is _OK:
-                self._learn_answer(raw, end, attempt)
+            self._learn_answer(raw, end, attempt)
             self._reused = True
             self._raw = self._body = b""  # as in _reset; what stays is as it was
             self._received = self._interims = self._status = 0
@@ -360,7 +364,7 @@ class Connection:
         request.done(request.token, attempt)
 
     def _learn_answer(self, raw: bytes, end: int, attempt: Attempt) -> None:
-        """Remember a success by its head, if a parser would find the same behind that head whatever the body is.
+        """Remember an answer by its head, if a parser would find the same behind that head whatever the body is.
 
         Where every answer has a head of its own, a request's number in it say, that is given up more and more.
         """
@@ -370,7 +374,9 @@ class Connection:
             return
         # As many bytes behind the head as the body has: nothing else framed it than a length (RFC 9112 §6.3).
         if len(raw) == self._received == end + len(_END) + len(attempt.body) and raw[:end] == attempt.head:
-            origin.known_answer = KnownAnswer(attempt.status, attempt.head, len(raw))
+            origin.known_answer = KnownAnswer(
+                attempt.result, attempt.status, attempt.retry_after, attempt.head, len(raw)
+            )
 
     def _break(self, request: Request, result: Result, error: str) -> None:
         """The exchange failed: close, tell what there is to tell."""

@@ -19,6 +19,10 @@ HEADS = (
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n",
     b"HTTP/1.1 204 No Content\r\n\r\n",
     b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\n",
+    b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\n",
+    b"HTTP/1.1 304 Not Modified\r\nContent-Length: 2\r\n\r\n",
+    b"HTTP/1.1 401 Who\r\nContent-Length: 2\r\n\r\n",
+    b"HTTP/1.1 101 Switching\r\nContent-Length: 2\r\n\r\n",
     b"HTTP/1.1 200 OK\r\n\r\n",
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n",
     b"\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n",
@@ -54,7 +58,9 @@ def played(conversation: list[tuple[bytes, list[int]]], *, forgets: bool) -> lis
         wire.submit()
         cuts = sorted({0, len(answer), *(at % (len(answer) + 1) for at in splits)})
         wire.feed(*(answer[a:b] for a, b in itertools.pairwise(cuts)))
-        attempts = [(a.result, a.status, a.error, a.head, a.body, a.sent_at, a.duration_s) for _, a in wire.came]
+        attempts = [
+            (a.result, a.status, a.error, a.retry_after, a.head, a.body, a.sent_at, a.duration_s) for _, a in wire.came
+        ]
         seen.append((attempts, wire.is_reusable, wire.pipe.is_closing(), wire.transport.attempts > 0))
     return seen
 
@@ -76,16 +82,20 @@ def test_whoever_remembers_answers_sees_what_one_sees_that_parses_them_all(
     assert played(conversation, forgets=False) == played(conversation, forgets=True)
 
 
-def test_the_same_answer_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answer", [OK, b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\nok"])
+def test_the_same_answer_is_not_parsed_again(answer: bytes) -> None:
     wire = Wire()
     wire.submit()
-    wire.feed(OK)
+    wire.feed(answer)
+    first = wire.came[-1][1]
     wire.connection._feed = None  # type: ignore[assignment]
     for body in (b"ok", b"no"):
         wire.submit()
-        wire.feed(OK[:-2] + body)
-        assert wire.came[-1][1].body == body
-        assert wire.came[-1][1].head == OK[:-6]
+        wire.feed(answer[:-2] + body)
+        attempt = wire.came[-1][1]
+        assert attempt.body == body
+        assert attempt.head == answer[:-6]
+        assert (attempt.result, attempt.status, attempt.retry_after) == (first.result, first.status, first.retry_after)
     assert wire.is_reusable
     assert wire.transport.attempts == 3
 
