@@ -33,6 +33,7 @@ from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.engine.trials import SingleShot, is_released
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, DispatcherError
 from dispatcher.logs import get_logger, start_logging
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.database import connect, open_pool, place, statements
 from dispatcher.store.deliveries import DeliveryStore
@@ -44,7 +45,6 @@ from dispatcher.store.replays import ReplayStore
 from dispatcher.store.schema import check_schema, migrate
 from dispatcher.store.sessions import SessionStore
 from dispatcher.store.vault import Vault, new_key
-from dispatcher.telemetry import Snapshot
 from dispatcher.web.api import build_api_app
 from dispatcher.web.door import CONNECTIONS_MAX
 from dispatcher.web.metrics import build_metrics_app

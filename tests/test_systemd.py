@@ -19,7 +19,7 @@ import pytest
 
 from dispatcher import daemon, systemd
 from dispatcher.daemon import Daemon
-from dispatcher.telemetry import Snapshot
+from dispatcher.snapshot import Snapshot
 
 PATIENCE_S = 60.0
 # As a service manager starts a service: sockets from descriptor 3 on, and the environment that names them.

@@ -5,16 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from dispatcher.telemetry import (
-    UNSORTED_MAX,
-    Histogram,
-    HistogramData,
-    Snapshot,
-    TableSize,
-    Telemetry,
-    TroubledEndpoint,
-    total,
-)
+from dispatcher.snapshot import HistogramData, Snapshot, TableSize, TroubledEndpoint, total
+from dispatcher.telemetry import UNSORTED_MAX, Histogram, Telemetry
 
 ONE = Snapshot(
     role="active", shards=[2], database=True, progress_age_s=0.5, at_unix_s=10.0, events=3, deliveries={"delivered": 5},

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import msgspec
 
 from dispatcher.cli.output import FAILED, Failure, cell, console, print_json
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.database import place, statements
-from dispatcher.telemetry import Snapshot
 
 if TYPE_CHECKING:
     from rich.console import Group

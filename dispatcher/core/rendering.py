@@ -59,19 +59,21 @@ TEXT_BYTES_MAX: Final = 8 * BODY_BYTES_MAX
 TYPE_PATTERN: Final = r"^[a-z0-9_]+(\.[a-z0-9_]+)+$"
 EVENT_ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}$"  # safe in a header, in a URL and in JSON as it stands
 
-_matches_type = re.compile(TYPE_PATTERN).fullmatch
-_matches_event_id = re.compile(EVENT_ID_PATTERN).fullmatch
-_matches_index = re.compile(r"0|[1-9][0-9]{0,9}").fullmatch
+_matches_type: Final = re.compile(TYPE_PATTERN).fullmatch
+_matches_event_id: Final = re.compile(EVENT_ID_PATTERN).fullmatch
+_matches_index: Final = re.compile(r"0|[1-9][0-9]{0,9}").fullmatch
 _INDEX_MAX: Final = 2**32 - 2  # the largest array index of ECMA-262
 
 _COMPACT: Final = BodyStyle.COMPACT
+_read: Final = orjson.loads  # a module's attribute is looked up at each call, a final name is not
+_write: Final = orjson.dumps
 _OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_OMIT_MICROSECONDS | orjson.OPT_STRICT_INTEGER
 _ENVELOPE_QUOTES: Final = 18  # five keys and four texts, none of which can hold a quote
 _BACKSLASH: Final = ord("\\")  # as a number: `b"\\" in source` takes seven times as long
 _PLAIN_KEYS_MAX: Final = 4096
 _PLAIN_KEY_CHARS_MAX: Final = 64  # as many as orjson keeps keys to: these come as the same objects again
 
-_plain_keys: set[str] = set()  # met before and no index; bounded, and dropped as a whole when it is full
+_plain_keys: Final[set[str]] = set()  # met before and no index; bounded, and dropped as a whole when it is full
 
 _PROBE_ID: Final = "evt_" + "0" * 26  # as long as the ids of this program
 _PROBE_TIME: Final = datetime(2000, 1, 1, tzinfo=UTC)
@@ -211,13 +213,13 @@ def _printed_if_plain(source: bytes, envelope: dict[str, Any]) -> bytes | None:
     quote inside a string is one `\\"` on both sides, unless the source spells it `\\u0022`.
     """
     try:
-        value = orjson.loads(source)
+        value = _read(source)
         if type(value) is not dict or not _is_plain_object(value, 1):
             return None
         envelope["data"] = value
         # A copy: orjson hands over its whole buffer, 4 to 64 KiB with the text at its beginning. Ten thousand waiting
         # events of 440 bytes took 76 MB more.
-        compact = b"%b" % orjson.dumps(envelope, option=_OPTIONS)
+        compact = b"%b" % _write(envelope, option=_OPTIONS)
     except (orjson.JSONDecodeError, orjson.JSONEncodeError):
         return None  # the reason is for the exact tier to give
     quotes_kept = compact.count(b'"') == source.count(b'"') + _ENVELOPE_QUOTES
@@ -252,7 +254,12 @@ def _are_plain(items: Iterable[Any], depth: int) -> bool:
         if kind is float:
             if abs(item) < 1e-4 or item.is_integer():
                 return False
-        elif depth == DEPTH_MAX or not (_is_plain_object if kind is dict else _are_plain)(item, depth + 1):
+        elif depth == DEPTH_MAX:
+            return False
+        elif kind is dict:
+            if not _is_plain_object(item, depth + 1):
+                return False
+        elif not _are_plain(item, depth + 1):
             return False
     return True
 

@@ -38,7 +38,7 @@ _TIMESTAMP_DIGITS_MAX: Final = 12  # the year 33658
 
 # Padded and complete. `binascii` in strict mode draws the line elsewhere in every other version of Python.
 _is_base64 = re.compile(rb"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]|=)=|[A-Za-z0-9+/]{4})").fullmatch
-_to_base64 = binascii.b2a_base64
+_to_base64: Final = binascii.b2a_base64
 
 
 class Verdict(Enum):

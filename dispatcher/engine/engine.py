@@ -43,6 +43,7 @@ from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, S
 from dispatcher.logs import get_logger
 from dispatcher.model import EndpointStatus
 from dispatcher.moments import to_datetime
+from dispatcher.snapshot import NO_ENDPOINTS, WORST, Snapshot, TableSize, TroubledEndpoint
 from dispatcher.store.database import TROUBLE, close, connect, raise_if_cancelled, statements
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.outbox import CLOCK_SLACK
@@ -51,7 +52,7 @@ from dispatcher.store.retention import Pruned, Retention
 from dispatcher.store.schema import check_schema, written_for
 from dispatcher.store.shard import ShardState, ShardStore
 from dispatcher.store.vault import Vault
-from dispatcher.telemetry import NO_ENDPOINTS, WORST, Snapshot, TableSize, Telemetry, TroubledEndpoint
+from dispatcher.telemetry import Telemetry
 
 BUFFERED_MAX: Final = 10_000  # outcomes waiting for PostgreSQL: 4 MB, and the most a crash then sends twice
 RETRIES_SHARE: Final = 4  # retries may fill a quarter of the queues

@@ -36,12 +36,13 @@ from dispatcher.engine.spans import Spans
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import DatabaseUnreachable
 from dispatcher.logs import get_logger
+from dispatcher.snapshot import Snapshot, total
 from dispatcher.store.database import TROUBLE, close, connect
 from dispatcher.store.fleet import MEMBER_MAX, FleetStore
 from dispatcher.store.schema import check_schema, written_for
 from dispatcher.store.shard import ShardStore
 from dispatcher.store.vault import Vault
-from dispatcher.telemetry import Snapshot, Telemetry, total
+from dispatcher.telemetry import Telemetry
 
 LOOK_S: Final = 0.5  # 0.3 ms of PostgreSQL's time
 HANDOVER_S: Final = 3.0  # what a released shard's requests get to finish; its webhooks wait that long

@@ -25,10 +25,11 @@ import msgspec
 from dispatcher import __version__
 from dispatcher.engine.channels import FLEET
 from dispatcher.logs import get_logger
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.database import close, connect, statements
 from dispatcher.store.fleet import SILENT, FleetStore
 from dispatcher.store.shard import ShardStore
-from dispatcher.telemetry import Snapshot, Telemetry
+from dispatcher.telemetry import Telemetry
 
 TRY_S: Final = (0.5, 1.0)
 HEARTBEAT_S: Final = 1.0

@@ -11,9 +11,9 @@ from dispatcher.engine.engine import EngineSettings
 from dispatcher.engine.leases import HEARTBEAT_S, Instance, until_rung
 from dispatcher.engine.transport import Transport
 from dispatcher.logs import get_logger
+from dispatcher.snapshot import Snapshot, total
 from dispatcher.store.database import TROUBLE
 from dispatcher.store.schema import written_for
-from dispatcher.telemetry import Snapshot, total
 
 log = get_logger("dispatcher.onlooker")
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 import msgspec
 
 from dispatcher.model import EndpointStatus
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.database import statements
-from dispatcher.telemetry import Snapshot
 
 WEBHOOKS_MAX: Final = 1000  # counted of an account
 WAITING_MAX: Final = 1000

@@ -13,8 +13,8 @@ from typing import Any, Final
 import msgspec
 
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointStatus
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.database import statements
-from dispatcher.telemetry import Snapshot
 
 WEBHOOKS_MAX: Final = 500  # of an account, the newest; each costs some 10 µs in every statement
 WAITING_ROWS: Final = 20_000  # counted for all of them together: ≈ 10 ms

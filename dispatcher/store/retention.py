@@ -30,8 +30,8 @@ import asyncpg
 import msgspec
 
 from dispatcher.logs import get_logger
+from dispatcher.snapshot import TableSize
 from dispatcher.store.database import LOCK_CLASS, statements
-from dispatcher.telemetry import TableSize
 
 RETENTION_LOCK: Final = 2
 TURN_S: Final = 30.0  # a run takes less; whoever is before us and does not end is not waited for

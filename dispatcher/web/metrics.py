@@ -28,7 +28,14 @@ from dispatcher import __version__
 from dispatcher.build import IS_COMPILED
 from dispatcher.logs import dropped_lines
 from dispatcher.model import SETTLED, DeliveryState, EndpointStatus, Result
-from dispatcher.telemetry import LONG_SECONDS, OPERATIONS, SECONDS, SIZES, HistogramData, Snapshot
+from dispatcher.snapshot import (
+    LONG_SECONDS,
+    OPERATIONS,
+    SECONDS,
+    SIZES,
+    HistogramData,
+    Snapshot,
+)
 from dispatcher.web.answers import answer
 from dispatcher.web.boundary import boundary, finish_head
 

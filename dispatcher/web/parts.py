@@ -11,6 +11,7 @@ from dispatcher.core.catalogue import Catalogue
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.rendering import Payload
 from dispatcher.model import BodyStyle, Endpoint
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
@@ -19,7 +20,6 @@ from dispatcher.store.operator import OperatorStore
 from dispatcher.store.overview import OverviewStore
 from dispatcher.store.replays import ReplayStore
 from dispatcher.store.sessions import SessionStore
-from dispatcher.telemetry import Snapshot
 from dispatcher.web.auth import RateLimit
 
 

@@ -25,13 +25,13 @@ from dispatcher.core.catalogue import Catalogue
 from dispatcher.daemon import sender
 from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.engine.trials import SingleShot
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.database import connect, open_pool
 from dispatcher.store.deliveries import DeliveryStore
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
 from dispatcher.store.replays import ReplayStore
-from dispatcher.telemetry import Snapshot
 from dispatcher.web.api import build_api_app
 from dispatcher.web.parts import Log, Web
 from dispatcher.web.server import serve

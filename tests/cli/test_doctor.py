@@ -34,9 +34,9 @@ from dispatcher.cli.checkup.host import look_at_disk, look_at_key, look_at_ports
 from dispatcher.config import Config, load
 from dispatcher.daemon import files_wanted
 from dispatcher.errors import DatabaseUnreachable
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.database import statements
 from dispatcher.store.vault import Vault
-from dispatcher.telemetry import Snapshot
 from dispatcher.web.metrics import build_metrics_app
 from dispatcher.web.server import serve
 

@@ -26,12 +26,12 @@ from dispatcher.cli.receiver import Receiver
 from dispatcher.core.addresses import Guard
 from dispatcher.core.backoff import PRESETS
 from dispatcher.core.catalogue import Catalogue
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.database import open_pool
 from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
 from dispatcher.store.vault import Vault
-from dispatcher.telemetry import Snapshot
 from dispatcher.web.api import build_api_app
 from dispatcher.web.parts import Web
 from dispatcher.web.server import serve

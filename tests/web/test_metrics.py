@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from dispatcher import __version__
 from dispatcher.errors import ConfigurationError
 from dispatcher.model import Result
-from dispatcher.telemetry import LONG_SECONDS, Histogram, Snapshot, TableSize
+from dispatcher.snapshot import LONG_SECONDS, Snapshot, TableSize
+from dispatcher.telemetry import Histogram
 from dispatcher.web.metrics import build_metrics_app
 from dispatcher.web.server import serve
 

@@ -33,6 +33,7 @@ from dispatcher.core.backoff import PRESETS
 from dispatcher.core.catalogue import Catalogue
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.model import Result
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.accounts import AccountStore
 from dispatcher.store.database import open_pool
 from dispatcher.store.deliveries import DeliveryStore
@@ -40,7 +41,6 @@ from dispatcher.store.endpoints import EndpointDefaults, EndpointStore
 from dispatcher.store.events import EventStore
 from dispatcher.store.replays import ReplayStore
 from dispatcher.store.vault import Vault
-from dispatcher.telemetry import Snapshot
 from dispatcher.web.api import build_api_app
 from dispatcher.web.auth import RateLimit
 from dispatcher.web.openapi import describe

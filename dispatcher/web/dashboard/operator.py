@@ -21,9 +21,9 @@ from typing import Final
 
 from aiohttp import web
 
+from dispatcher.snapshot import Snapshot, TroubledEndpoint
 from dispatcher.store.database import TROUBLE
 from dispatcher.store.operator import AccountState, Instance, KnownWebhook, Partition, Server, ShardState
-from dispatcher.telemetry import Snapshot, TroubledEndpoint
 from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.rendering import duration
 from dispatcher.web.dashboard.visits import Handler, is_secure, read_form, utc_now

@@ -12,8 +12,8 @@ from aiohttp import web
 from markupsafe import Markup
 
 from dispatcher.model import EndpointStatus
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.overview import Happening, Traffic, WebhookState
-from dispatcher.telemetry import Snapshot
 from dispatcher.web.dashboard import charts
 from dispatcher.web.dashboard.advice import Trouble, trouble_of
 from dispatcher.web.dashboard.desk import Desk

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+from dispatcher.snapshot import Snapshot, TroubledEndpoint
 from dispatcher.store.operator import OperatorStore
-from dispatcher.telemetry import Snapshot, TroubledEndpoint
 from dispatcher.web.api import build_api_app
 from dispatcher.web.dashboard.operator import LIFE_S, OperatorSeal
 from dispatcher.web.parts import Operator

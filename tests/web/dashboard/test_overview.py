@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from dispatcher.model import EndpointStatus
+from dispatcher.snapshot import Snapshot
 from dispatcher.store.overview import OverviewStore, WebhookState
-from dispatcher.telemetry import Snapshot
 from dispatcher.web.dashboard import live
 from dispatcher.web.dashboard.advice import explained, trouble_of
 from dispatcher.web.dashboard.rendering import clock, duration, milliseconds, percent, relative
