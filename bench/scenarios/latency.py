@@ -19,7 +19,7 @@ QUESTION = "how long from COMMIT to the first byte at the receiver: idle, at 1,0
 COMMIT_P50: Final = "after commit p50 ms"
 COMMIT_P99: Final = "p99 ms after commit"
 OPTIONS = (
-    Option("seconds", 15, 1, "of steady load per cell, after a fifth of that to warm up"),
+    Option("seconds", 15, 1, "of steady load per cell, after a fifth of that or an event for each webhook"),
     Option("endpoints", 100, 20, "webhooks"),
     Option("capacity", 0, 2_000, "events per second that the machine writes and delivers; 0: measure that first"),
     Option("calibration", 100_000, 1_000, "events for measuring that"),
@@ -50,8 +50,8 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
 async def loaded(
     lab: Lab, report: Report, name: str, *, rate: float, seconds: float, endpoints: int, batch: int = 1
 ) -> dict[str, Value]:
-    """Measure one cell of open load, add its row and return it."""
-    warm = max(1, int(rate * seconds * WARM_UP))
+    """Measure one cell of open load, add its row and return it. It is warm once every webhook has had an event."""
+    warm = max(endpoints, int(rate * seconds * WARM_UP))
     events = warm + max(10, int(rate * seconds))
     async with lab.cell(name, events=events, endpoints=endpoints, tick_s=min(1.0, seconds / 10)) as cell:
         await cell.daemon.start()

@@ -119,16 +119,18 @@ class Retries:
 
     def committed(self, committed: Committed) -> None:
         """The ledger's batch stands: what left memory may be fetched again, what is due soon goes into the wheel."""
-        rows, subscribers = self._deliverer.rows, self._deliverer.subscribers
-        waiting = {key for key, _ in committed.due} if committed.due else ()
+        subscribers = self._deliverer.subscribers
         if self._gone is not None:
             self._gone.update(committed.left)
-        for key in committed.left:
-            rows.discard(key)
-            subscriber = subscribers.get(key[0])
-            if subscriber is not None and subscriber.head_key == key and key not in waiting:
-                subscriber.head_key = None  # settled, or held like the others: the oldest is next
-                self.hungry(subscriber)
+        self._deliverer.rows.difference_update(committed.left)
+        concerned = [subscribers.get(endpoint_id) for endpoint_id in {key[0] for key in committed.left}]
+        heads = [subscriber for subscriber in concerned if subscriber is not None and subscriber.head_key is not None]
+        if heads:
+            ended = set(committed.left).difference(key for key, _ in committed.due)
+            for subscriber in heads:
+                if subscriber.head_key in ended:
+                    subscriber.head_key = None  # settled, or held like the others: the oldest is next
+                    self.hungry(subscriber)
         for subscriber in committed.parked:
             is_known = subscribers.get(subscriber.endpoint.id) is subscriber
             if is_known and subscriber.endpoint.status is not EndpointStatus.DISABLED:
