@@ -69,7 +69,7 @@ SPILL_S: Final = 0.020  # looking at a thousand lanes takes 0.3 ms: at every ROO
 FAST_LANE_S: Final = 5.0  # a queue that takes longer is held; one that is done within this is waited for
 STALLED_S: Final = 1.0  # what has stood still for so long is not fast any more, whatever it was
 FAST_LANE_PATIENCE_S: Final = 0.05
-CROWD_MIN: Final = 64  # no lane with fewer in its queue can be full
+CROWD_MIN: Final = 64  # no lane with fewer in its queue can be full; how long it takes is looked at for each so many
 CURSOR_EVERY_S: Final = 60.0
 
 
@@ -244,8 +244,9 @@ class OutboxReader:
         opened.left += len(pairs)
         for event, endpoint in pairs:
             subscriber = deliverer.subscriber(endpoint)
-            if len(subscriber.lane.todo) >= crowd and not subscriber.backlog:
-                if deliverer.drain_estimate_s(subscriber.lane) >= FAST_LANE_S:
+            queued = len(subscriber.lane.todo)
+            if queued >= crowd and not subscriber.backlog:
+                if queued % CROWD_MIN == 0 and deliverer.drain_estimate_s(subscriber.lane) >= FAST_LANE_S:
                     deliverer.hold(Delivery(event, subscriber, opened))
                     continue
                 if self._crowded(subscriber):
@@ -270,14 +271,15 @@ class OutboxReader:
         """
         pairs: list[tuple[Event, Endpoint]] = []
         match, all_since = self.registry.match, self.registry.all_since
-        holds_all = self._deliverer.holds_all
+        subscribers, holds_all = self._deliverer.subscribers, self._deliverer.holds_all
         for _, _, _, seq, xid, event_id, account, type_, data, created_us, written_us, traceparent in rows:
             endpoints = match(account, type_)
             if not endpoints and not self._has_duties:
                 continue
             payload = None
+            first = subscribers.get(endpoints[0].id) if endpoints else None
             try:
-                if not endpoints or not holds_all(endpoints):
+                if first is None or not first.backlog or not holds_all(endpoints):
                     payload = payload_of(event_id, type_, created_us, data)
             except Undeliverable as error:
                 self._ledger.discard_event(seq, str(error))

@@ -83,7 +83,8 @@ def _condensed(rows: list[Any], width: int, field: int, usual: Any) -> tuple[lis
         rows = [row for row in rows if row[field] == usual] + [row for row in rows if row[field] != usual]
         columns = _columns(rows, width)
     runs = [_run(column, alike) for column in columns[1:]]
-    return [columns[0], *((column[0], *column[run:]) for column, run in zip(columns[1:], runs, strict=True))], runs
+    once = [(column[0], *column[run:]) if run > 1 else column for column, run in zip(columns[1:], runs, strict=True)]
+    return [columns[0], *once], runs
 
 
 def _run(column: tuple[Any, ...], alike: int) -> int:

@@ -301,7 +301,7 @@ async def test_what_a_restored_cursor_does_not_see_was_written_after_its_time(da
     connection = await connect(database, name="reader", engine=True)
     anything: Any = types.SimpleNamespace(match=lambda *_: [], all_since=0, version=1)
     nothing: Any = None
-    nobody: Any = types.SimpleNamespace(holds_all=lambda _: False)
+    nobody: Any = types.SimpleNamespace(subscribers={}, holds_all=lambda _: False)
     reader = OutboxReader(
         Interrupted(connection, application),
         deliverer=nobody,
