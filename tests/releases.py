@@ -52,10 +52,10 @@ class Release:
         process.log = log  # type: ignore[attr-defined]
         return process
 
-    async def act(self, *arguments: str) -> tuple[int, str]:
+    async def act(self, *arguments: str, patience_s: float = PATIENCE_S) -> tuple[int, str]:
         """Run a command to its end; return its exit code and all it said."""
         process = self.start(*arguments)
-        await until(lambda: process.poll() is not None, " ".join(arguments))
+        await until(lambda: process.poll() is not None, " ".join(arguments), patience_s)
         return process.returncode, process.log.read_text()  # type: ignore[attr-defined]
 
     async def run(self, role: str) -> subprocess.Popen[bytes]:
