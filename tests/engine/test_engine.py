@@ -668,6 +668,29 @@ async def test_event_that_cannot_be_sent_is_discarded_with_a_reason_and_blocks_n
     assert [arrival.n for arrival in house.receiver.arrivals] == [2]
 
 
+async def test_a_lane_that_would_take_seconds_is_held_before_it_has_filled_the_room(house: House) -> None:
+    slow = await house.webhook("/slow")
+    await house.webhook("/fine")
+    running = await house.start()
+    pace_s = 0.5
+
+    async def slowly(arrival: Arrival) -> int:
+        await asyncio.sleep(pace_s if arrival.path == "/slow" else 0)
+        return 200
+
+    house.receiver.answer = slowly
+    await house.emit(1, 4)
+    await until(lambda: house.settled(8))  # so it is known how slow
+    await house.emit(5, 1000)
+    await until(lambda: len(house.receiver.at("/fine")) == 1000)
+    await until(lambda: house.app.fetchval("SELECT count(*) > 700 FROM dispatcher.pending WHERE due_at = 'infinity'"))
+    assert running.engine.deliverer.subscribers[await house.key(slow)].lane.queued <= 4 * outbox.CROWD_MIN
+    pace_s = 0.0
+    await until(lambda: house.settled(2000))
+    assert Counter(arrival.n for arrival in house.receiver.at("/slow")) == dict.fromkeys(range(1, 1001), 1)
+    running.check()
+
+
 async def test_event_that_cannot_be_sent_and_whose_webhook_holds_is_discarded_when_its_turn_comes(house: House) -> None:
     webhook = await house.webhook()
     await house.start()

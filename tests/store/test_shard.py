@@ -111,6 +111,39 @@ async def test_older_epoch_writes_nothing(db: Any) -> None:
     assert await shard.flush(new, batch(1))
 
 
+async def test_a_batch_is_written_as_it_is_whatever_its_rows_have_in_common(db: Any) -> None:
+    shard = ShardStore(db, 0)
+    epoch = await shard.take_over()
+    delivered = [(seq, 700, 1, 0, 1, "delivered", "2xx", 200, seq, None, b"head", b"ok") for seq in range(1, 8)]
+    failed = [
+        (11, 701, 2, 0, 1, "retrying", "5xx", 500, 9, "no", b"h", None),
+        (12, 702, 2, 3, 4, "exhausted", "timeout", None, 8, "late", None, b"\0"),
+    ]
+    discarded = [(13, 703, 3, 0, 0, "discarded", None, None, 0, "gone", None, None)]
+    held = [(4, seq, 0, 700, NOW, "pending", 0, INFINITY, None) for seq in range(1, 5)]
+    due = [(5, 6, 0, 704, NOW, "retrying", 1, NOW, "500"), (5, 7, 2, 705, NOW, "retrying", 2, NOW, "502")]
+    batches = [
+        (failed[:1] + delivered[:4] + discarded + delivered[4:] + failed[1:], due[:1] + held + due[1:]),
+        (delivered, held),  # all alike
+        (failed + discarded, due),  # none as most are
+        (delivered[:1] + failed[:1], []),
+        ([], held[:1]),
+    ]
+    for number, (attempts, pending) in enumerate(batches, 1):
+        await db.execute("TRUNCATE dispatcher.attempt, dispatcher.pending")
+        assert await shard.flush(epoch, Batch(number, attempts, pending, [], [], None))
+        rows = await db.fetch(
+            "SELECT event_seq, event_xid, endpoint_id, generation, attempt, state, result, status, duration_us, error,"
+            " response_head, response_body FROM dispatcher.attempt ORDER BY event_seq"
+        )
+        assert [tuple(row) for row in rows] == sorted(attempts, key=lambda row: row[0])
+        rows = await db.fetch(
+            "SELECT endpoint_id, event_seq, generation, event_xid, event_at, state, attempts, due_at, last_error"
+            " FROM dispatcher.pending ORDER BY endpoint_id, event_seq"
+        )
+        assert [tuple(row) for row in rows] == sorted(pending, key=lambda row: row[:2])
+
+
 async def test_one_key_may_be_pending_again_and_keeps_its_last_error(db: Any) -> None:
     shard = ShardStore(db, 0)
     epoch = await shard.take_over()
