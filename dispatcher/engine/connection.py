@@ -3,6 +3,10 @@
 **Rule.** With a connection at hand a request costs one write, one read and two callbacks: no task, no future, no timer.
 httptools parses; the few header fields that matter are looked up in the raw head, and only when they matter.
 
+**Rule, at once.** A plain request is written to the socket itself: uvloop's `write` collects what is written and sends
+it when the turn of the loop ends, behind all else that the turn has to do. What the socket does not take is the
+transport's, and so is all that follows on that connection.
+
 **Rule, the same answer again.** Most answers of an endpoint are the last one with another body of the same length, if
 that. An answer that came whole, was a success, was framed by its Content-Length and kept the connection is remembered
 by its head. A next one that begins with that head and is as long needs no parser: it would find the same.
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -40,6 +45,7 @@ _END: Final = b"\r\n\r\n"
 _BY_CLASS: Final = {2: Result.OK, 3: Result.REDIRECT, 4: Result.CLIENT_ERROR, 5: Result.SERVER_ERROR}
 _RESULTS: Final = tuple(_BY_CLASS.get(status // 100, Result.PROTOCOL) for status in range(1000))
 _OK: Final = Result.OK
+_write_now: Final = os.write
 
 
 class Released(Attempt):
@@ -104,6 +110,7 @@ class Connection:
         "_body",
         "_body_kept_bytes",
         "_complete",
+        "_fd",
         "_feed",
         "_interims",
         "_keep_alive",
@@ -130,6 +137,7 @@ class Connection:
         self._write: Callable[[bytes], None] = _write_nothing
         self._request: Request | None = None
         self._reused = False
+        self._fd = -1  # of the socket, for as long as nothing waits in the transport's buffer; -1 with TLS
         self._paused = False  # bytes of the request wait in our own buffer
         self._sent_at = 0.0
         self.deadline = math.inf  # of the request; while idle, when to close
@@ -172,7 +180,17 @@ class Connection:
 
     def send(self, request: Request, now: float) -> None:
         """Write `request`, which is then this connection's to settle. Raises RuntimeError if it is closed already."""
-        self._write(request.data)
+        data, fd = request.data, self._fd
+        if fd >= 0 and not self._transport.is_closing():  # type: ignore[union-attr]
+            try:
+                sent = _write_now(fd, data)
+            except OSError:  # full or broken: the transport meets the same and says so
+                sent = 0
+            if sent < len(data):
+                self._fd = -1
+                self._write(data[sent:])
+        else:
+            self._write(data)
         self._request = request
         self._sent_at = now
         self.deadline = request.deadline
@@ -210,6 +228,9 @@ class Connection:
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is open: with TLS, verified too."""
         self._transport = transport  # type: ignore[assignment]  # uvloop's are no asyncio.Transport, but behave as one
+        is_tls = transport.get_extra_info("sslcontext") is not None
+        socket = transport.get_extra_info("socket")
+        self._fd = -1 if is_tls or socket is None else socket.fileno()
         self._write = transport.write  # type: ignore[attr-defined]
         self._parser = httptools.HttpResponseParser(self)
         self._feed: Callable[[bytes], None] = self._parser.feed_data
@@ -255,6 +276,7 @@ class Connection:
         # Parser and connection hold each other, as do the transport and its bound method: part them here, so that
         # nothing of a connection waits for the garbage collector.
         self._parser = self._transport = None
+        self._fd = -1
         self._write = self._feed = _write_nothing
         origin.client.lost(self)
         if request is None:

@@ -8,6 +8,9 @@ webhook registry from its own snapshot; when that changed, the registry is loade
 webhook whose creation committed before an event committed receives it, and an event that had committed before the
 webhook's creation is none of its business: the endpoint remembers the snapshot it was born in.
 
+**Rule, overlap.** While a page is routed the next one of the same difference is read, and between two slices of a page
+the loop has a turn: answers that have come in free slots, and do not wait for all of it.
+
 **Rule, waking.** Asleep means holding a shared advisory lock; a producer's trigger notifies only then. Under light
 load the reader stays asleep and is told of every commit; when commits come fast, or several are under way all the time,
 it wakes, lets go of the lock and polls. Commits count, not rows: a transaction notifies once, whatever it wrote.
@@ -49,6 +52,7 @@ from dispatcher.store.outbox import Cursor, OutboxPages, Page, Snapshot
 from dispatcher.telemetry import Telemetry
 
 PAGE_ROWS: Final = 500  # 5 ms of routing at a fan-out of one: what a first attempt may wait behind
+SLICES: Final = 10  # of a page: between two of them the loop has a turn, so that answers do not wait for all of it
 PAGE_BYTES: Final = 8 << 20  # of data: where events are large, pages are shorter
 OPEN_PAGES_MAX: Final = 20_000  # 8 MB; what is held back is spilled after 10 s, and 500 pages a second are read
 OPEN_BYTES_MAX: Final = 256 << 20  # of data in pages not resolved
@@ -148,30 +152,45 @@ class OutboxReader:
         cursor = start
         rows_max = self._page_rows
         began_here = False  # the difference being read: it shows whatever an owner before us may have seen
-        while not self.stopping:
-            await self._room()
-            began_here = began_here or cursor.cur is None
-            with self._telemetry.timed("poll"):
-                page = await pages.read(cursor, rows_max)
-            self.progress_at = self._loop.time()
-            if page.registry is not None and page.registry > self.registry.version:
-                await self.reload()
-            if page.rows:
-                rows = len(page.rows)
-                data_bytes, deliveries = await self._route(page)
-                # A page is what its deliveries cost: the loop's time and the lanes' room go by these, not by events.
-                by_fan_out = self._page_rows * rows // max(rows, deliveries)
-                by_bytes = PAGE_BYTES * rows // (data_bytes + 1)
-                rows_max = max(1, min(self._page_rows, by_fan_out, by_bytes))
-            elif not self._open:
-                self._advance(page.after)
-            cursor = page.after
-            self.read_to_us = page.rows[-1][10] if page.rows and not page.complete else None
-            if page.rows:
-                self.read_seq = max(self.read_seq, page.rows[-1][3])
-            if page.complete:
-                self.recovering = self.recovering and not began_here
-                await self._pace(page.rows, page.after.prev)
+        ahead: asyncio.Task[Page] | None = None  # the next page, read while this one is routed
+        try:
+            while not self.stopping:
+                await self._room()
+                began_here = began_here or cursor.cur is None
+                page = await (ahead or self._read(pages, cursor, rows_max))
+                ahead = None
+                self.progress_at = self._loop.time()
+                if page.registry is not None and page.registry > self.registry.version:
+                    await self.reload()
+                is_doubtful = self.recovering and self._is_doubtful(page.rows)
+                if not page.complete and not is_doubtful:
+                    ahead = self._loop.create_task(self._read(pages, page.after, rows_max))
+                if page.rows:
+                    rows = len(page.rows)
+                    data_bytes, deliveries = await self._route(page, rows if is_doubtful else 1 + rows_max // SLICES)
+                    # A page is what its deliveries cost: the loop's time and the lanes' room go by these, not events.
+                    by_fan_out = self._page_rows * rows // max(rows, deliveries)
+                    by_bytes = PAGE_BYTES * rows // (data_bytes + 1)
+                    rows_max = max(1, min(self._page_rows, by_fan_out, by_bytes))
+                elif not self._open:
+                    self._advance(page.after)
+                cursor = page.after
+                self.read_to_us = page.rows[-1][10] if page.rows and not page.complete else None
+                if page.rows:
+                    self.read_seq = max(self.read_seq, page.rows[-1][3])
+                if page.complete:
+                    self.recovering = self.recovering and not began_here
+                    await self._pace(page.rows, page.after.prev)
+            if ahead is not None:  # it will be read again, but the connection is not left in mid statement
+                await ahead
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
+
+    async def _read(self, pages: OutboxPages, cursor: Cursor, rows_max: int) -> Page:
+        with self._telemetry.timed("poll"):
+            return await pages.read(cursor, rows_max)
 
     def _advance(self, cursor: Cursor) -> None:
         """Nothing is open: the cursor may follow, but need not be written at every poll."""
@@ -224,8 +243,11 @@ class OutboxReader:
 
     # ── routing ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _route(self, page: Page) -> tuple[int, int]:
-        """Hand a page's deliveries over; return the size of its data in bytes, about, and how many there were."""
+    async def _route(self, page: Page, slice_rows: int) -> tuple[int, int]:
+        """Hand a page's deliveries over, a slice in a turn of the loop.
+
+        Returns the size of its data in bytes, about, and how many deliveries there were.
+        """
         rows = page.rows
         data_bytes = sum([len(row[8]) for row in rows if row[8] is not None])
         opened = OpenPage(page.after, self._loop.time(), data_bytes)
@@ -233,35 +255,41 @@ class OutboxReader:
         self._open_bytes += data_bytes
         if self._has_duties:
             self._telemetry.events += len(rows)
-        pairs = self._pairs(rows)
-        if self.recovering:
-            known = await self._known(pairs)
-            pairs = [pair for pair in pairs if (pair[1].id, pair[0].seq) not in known] if known else pairs
         deliverer = self._deliverer
         # Half of all room is free now, so that no short lane can be full, unless the room is no more than some pages. A
         # long one is held before it has filled the room: what it cannot send for seconds would only be put back.
         crowd = CROWD_MIN if deliverer.lanes.queued_max > 8 * self._page_rows else 0
-        opened.left += len(pairs)
-        for event, endpoint in pairs:
-            subscriber = deliverer.subscriber(endpoint)
-            queued = len(subscriber.lane.todo)
-            if queued >= crowd and not subscriber.backlog:
-                if queued % CROWD_MIN == 0 and deliverer.drain_estimate_s(subscriber.lane) >= FAST_LANE_S:
-                    deliverer.hold(Delivery(event, subscriber, opened))
-                    continue
-                if self._crowded(subscriber):
-                    await self._wait_for_lane(subscriber)
-                    subscriber = deliverer.subscriber(endpoint)
-            deliverer.offer(Delivery(event, subscriber, opened))
-        self._telemetry.read += len(pairs)
-        if self.recovering:  # what is held already may be younger than what is read again
-            for _, endpoint in pairs:
-                deliverer.subscriber(endpoint).await_order()
+        deliveries = 0
+        for start in range(0, len(rows), slice_rows):
+            if start:
+                deliverer.pump()
+                await asyncio.sleep(0)
+            pairs = self._pairs(rows[start : start + slice_rows])
+            if self.recovering:
+                known = await self._known(pairs)
+                pairs = [pair for pair in pairs if (pair[1].id, pair[0].seq) not in known] if known else pairs
+            opened.left += len(pairs)
+            deliveries += len(pairs)
+            for event, endpoint in pairs:
+                subscriber = deliverer.subscriber(endpoint)
+                queued = len(subscriber.lane.todo)
+                if queued >= crowd and not subscriber.backlog:
+                    if queued % CROWD_MIN == 0 and deliverer.drain_estimate_s(subscriber.lane) >= FAST_LANE_S:
+                        deliverer.hold(Delivery(event, subscriber, opened))
+                        continue
+                    if self._crowded(subscriber):
+                        await self._wait_for_lane(subscriber)
+                        subscriber = deliverer.subscriber(endpoint)
+                deliverer.offer(Delivery(event, subscriber, opened))
+            self._telemetry.read += len(pairs)
+            if self.recovering:  # what is held already may be younger than what is read again
+                for _, endpoint in pairs:
+                    deliverer.subscriber(endpoint).await_order()
         opened.left -= 1
         if opened.left == 0:
             self._ledger.touch()
         deliverer.pump()
-        return data_bytes, len(pairs)
+        return data_bytes, deliveries
 
     def _pairs(self, rows: list[Any], born: Mapping[int, datetime] | None = None) -> list[tuple[Event, Endpoint]]:
         """Who gets what: (event, endpoint), events in the page's order.
@@ -299,6 +327,11 @@ class OutboxReader:
                     or (born is not None and endpoint.id in born and born[endpoint.id] <= event.written_at)
                 ]
         return pairs
+
+    def _is_doubtful(self, rows: list[Any]) -> bool:
+        """Whether some of these may be settled or pending already, so that the database has to be asked."""
+        newest = self._newest_known
+        return newest is None or any(row[3] <= newest for row in rows)
 
     async def _known(self, pairs: list[tuple[Event, Endpoint]]) -> set[tuple[int, int]]:
         """Which of these are settled or pending already. A backlog nobody has read yet costs nothing to check."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import types
 from typing import Any
@@ -14,7 +15,8 @@ from house import House, until
 from dispatcher.engine.engine import Engine
 from dispatcher.engine.outbox import OutboxReader
 from dispatcher.store.database import connect
-from dispatcher.store.outbox import BEGINNING, NEAR_ROWS, Cursor, OutboxPages
+from dispatcher.store.outbox import BEGINNING, NEAR_ROWS, Cursor, OutboxPages, Page
+from dispatcher.telemetry import Telemetry
 
 INSERT = "INSERT INTO dispatcher.outbox (type, data) VALUES ('test.event', '{}') RETURNING id"
 
@@ -465,3 +467,90 @@ async def test_to_wait_for_endpoints_is_progress_and_to_wait_for_our_own_ledger_
     await until(lambda: reader.progress_at > 0)
     reader.stopping = True
     await waiting
+
+
+def _row(seq: int) -> tuple[Any, ...]:
+    return (None, None, None, seq, 100 + seq, f"evt_{seq}", "default", "test.event", '{"n": 1}', 0, 0, None)
+
+
+def _page(seqs: range, *, complete: bool) -> Page:
+    return Page([_row(seq) for seq in seqs], Cursor((1, 1, ()), BEGINNING), None, complete=complete)
+
+
+ALONE = ["reads", "routes", "routed"] * 3
+AHEAD = ["reads", "routes", "reads", "routed", "routes", "reads", "routed", "routes", "routed"]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("newest_known", "expected"), [(None, ALONE), (4, ALONE), (-1, AHEAD)])
+async def test_the_next_page_is_read_while_one_is_routed_unless_the_database_is_asked_about_it(
+    newest_known: int | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    pages = iter([_page(range(start, start + 4), complete=start == 8) for start in (0, 4, 8)])
+
+    class Pages:
+        def __init__(self, *_: Any) -> None: ...
+        async def prepare(self) -> None: ...
+        async def read(self, *_: Any) -> Page:
+            said.append("reads")
+            return next(pages)
+
+    async def route(page: Page, _: int) -> tuple[int, int]:
+        said.append("routes")
+        await asyncio.sleep(0)
+        said.append("routed")
+        return 0, len(page.rows)
+
+    async def end(*_: Any) -> None:
+        reader.stop()
+
+    monkeypatch.setattr("dispatcher.engine.outbox.OutboxPages", Pages)
+    nothing: Any = None
+    telemetry: Any = types.SimpleNamespace(timed=lambda _: contextlib.nullcontext())
+    reader = OutboxReader(
+        nothing, deliverer=nothing, ledger=nothing, telemetry=telemetry, load_registry=nothing, dice=random.Random(1)
+    )
+    reader._newest_known = newest_known
+    for name, instead in {"_room": lambda: asyncio.sleep(0), "_route": route, "_pace": end}.items():
+        setattr(reader, name, instead)
+    await reader.run(Cursor((1, 1, ()), BEGINNING))
+    assert said == expected
+
+
+@pytest.mark.interpreted
+async def test_between_two_slices_of_a_page_the_loop_has_a_turn() -> None:
+    turns, offered = 0, []
+    endpoint: Any = types.SimpleNamespace(id=1)
+    subscriber: Any = types.SimpleNamespace(lane=types.SimpleNamespace(todo=(), queued=0), backlog=False)
+    deliverer: Any = types.SimpleNamespace(
+        subscribers={}, holds_all=lambda _: False, subscriber=lambda _: subscriber, pump=lambda: None,
+        lanes=types.SimpleNamespace(queued_max=10_000, room_for_lane=1),
+        offer=lambda delivery: offered.append((delivery.event.seq, turns)),
+    )  # fmt: skip
+    nothing: Any = None
+    reader = OutboxReader(
+        nothing,
+        deliverer=deliverer,
+        ledger=nothing,
+        telemetry=Telemetry(),
+        load_registry=nothing,
+        dice=random.Random(1),
+    )
+    reader.recovering = False
+    reader.registry = types.SimpleNamespace(match=lambda *_: [endpoint], all_since=0)  # type: ignore[assignment]
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    await asyncio.sleep(0)
+    page = _page(range(10), complete=True)
+    assert await reader._route(page, 4) == (80, 10)
+    counting.cancel()
+    assert [seq for seq, _ in offered] == list(range(10))
+    assert len({turn for _, turn in offered}) == 3
+    assert reader._open[0].left == 10

@@ -23,7 +23,7 @@ from wire import GUARD, OK, REQUEST, TARGET, StillPipe, Wire, answer
 from dispatcher.core.addresses import Guard, Target
 from dispatcher.core.attempt import Attempt
 from dispatcher.engine import transport as module
-from dispatcher.engine.connection import Connection, Released
+from dispatcher.engine.connection import Connection, Released, Request
 from dispatcher.engine.dialer import DialFailed
 from dispatcher.engine.transport import Origin, Transport, TransportSettings
 from dispatcher.model import Result
@@ -42,6 +42,44 @@ def test_a_complete_response_is_an_attempt() -> None:
     assert wire.pipe.written == [REQUEST]
     assert wire.is_reusable
     assert wire.transport.attempts == 1
+
+
+def test_what_the_socket_does_not_take_comes_before_what_follows() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for end in (ours, theirs):
+            end.setblocking(False)
+        wire = Wire()
+        wire.pipe = StillPipe(ours)
+        wire.connection = wire.open(wire.origin, wire.pipe)
+        wire.submit()
+        assert (theirs.recv(1 << 20), wire.pipe.written) == (REQUEST, [])
+        wire.feed(OK)
+        large = b"POST / HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n" + bytes(range(256)) * 15_625
+        wire.origin.submit(large, 30.0, wire.done, None)
+        came = b""
+        while len(came) < len(large) - len(wire.pipe.written[0]):
+            came += theirs.recv(1 << 20)
+        wire.feed(OK)  # early: some of the request still waits in the transport
+        wire.submit()
+        assert 0 < len(came) < len(large)
+        assert came + b"".join(wire.pipe.written) == large + REQUEST
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
+
+
+def test_nothing_is_written_by_the_number_of_a_socket_that_may_be_anothers_by_now() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        wire = Wire()
+        pipe = StillPipe(ours)
+        connection = wire.open(wire.origin, pipe)
+        pipe.abort()
+        connection.send(Request(REQUEST, wire.loop.now, 30.0, wire.done, None), wire.loop.now)
+        assert pipe.written == [REQUEST]  # the transport's to refuse
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
 
 
 RESPONSES = [

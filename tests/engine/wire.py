@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -86,8 +87,8 @@ class StillTask:
 class StillPipe(asyncio.Transport):
     """What a connection writes to; says whether and how it was closed."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, sock: socket.socket | None = None) -> None:
+        super().__init__({"socket": sock})
         self.written: list[bytes] = []
         self.unsent_bytes = 0
         self.closed = self.aborted = False
