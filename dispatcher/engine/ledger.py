@@ -41,6 +41,7 @@ BATCH_ROWS_MAX: Final = 1000  # 2 µs a row in PostgreSQL: 2-3 ms, short beside 
 DELAY_S: Final = 0.050  # what a row may wait for company: at 200 rows/s ten share a flush and its fsync
 BUSY_ROWS: Final = 40  # company enough not to wait that long, since a crash sends what waits once more; but
 BUSY_DELAY_S: Final = 0.020  # never more flushes than one in this time, short of BATCH_ROWS_MAX
+GENTLE_DELAY_S: Final = 0.003  # beside first attempts retries are written in small flushes, below 13,000 rows/s
 CURSOR_DELAY_S: Final = 0.5  # a cursor that moved with nothing to write beside it
 ERROR_CHARS_MAX: Final = 500  # of an error's text: it may quote what a peer sent
 DURATION_US_MAX: Final = 2**31 - 1  # PostgreSQL's integer ends here
@@ -113,6 +114,7 @@ class Ledger:
         self._timer: asyncio.TimerHandle | None = None
         self._urgent = False
         self._flushed_at = 0.0  # loop time at which the last flush began
+        self.gentle_until = 0.0  # loop time: until then somebody waits for the cores that a long flush takes
         self._health: dict[int, EndpointHealth] = {}
         self.on_commit: Callable[[Committed], None] = lambda committed: None
         self.cursor: Callable[[], Cursor | None] = lambda: None  # asked at each flush: how far everything is resolved
@@ -261,7 +263,9 @@ class Ledger:
             self._urgent = True
             self._ring_at(self._loop.time() + DELAY_S)
         elif rows == BUSY_ROWS:
-            self._ring_at(max(self._loop.time(), self._flushed_at + BUSY_DELAY_S))
+            now = self._loop.time()
+            is_gentle = now < self.gentle_until and now >= self._flushed_at + GENTLE_DELAY_S
+            self._ring_at(now if is_gentle else max(now, self._flushed_at + BUSY_DELAY_S))
 
     def _ring_at(self, at: float) -> None:
         if self._timer is not None:

@@ -11,7 +11,7 @@ import pytest
 from desk import Desk, endpoint
 from house import House, until
 
-from dispatcher.engine.ledger import BUSY_DELAY_S, BUSY_ROWS, DELAY_S, ERROR_CHARS_MAX
+from dispatcher.engine.ledger import BUSY_DELAY_S, BUSY_ROWS, DELAY_S, ERROR_CHARS_MAX, GENTLE_DELAY_S
 from dispatcher.errors import Fenced
 from dispatcher.model import EndpointStatus
 from dispatcher.store.shard import Batch, ShardStore
@@ -115,6 +115,13 @@ async def test_where_much_happens_flushes_are_more_frequent_but_not_without_end(
     await happen(2 * BUSY_ROWS)
     assert await after(BUSY_DELAY_S - 0.002) == 2 * BUSY_ROWS
     assert await after(0.002) == 0
+    desk.ledger.gentle_until = desk.clock.now + 1.0  # a storm of retries, beside first attempts
+    await happen(2 * BUSY_ROWS)
+    assert await after(GENTLE_DELAY_S) == 2 * BUSY_ROWS, "forty within less: not the storm, but a drain"
+    assert await after(BUSY_DELAY_S - GENTLE_DELAY_S) == 0
+    await after(GENTLE_DELAY_S)
+    await happen(BUSY_ROWS)
+    assert await after(0.0) == 0, "a short one"
     desk.ledger.finish()
     await run
 

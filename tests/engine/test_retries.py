@@ -396,6 +396,7 @@ async def _storm(monkeypatch: pytest.MonkeyPatch, *, beside: bool) -> tuple[list
     desk.telemetry.read += beside
     await desk.retries.turn()
     monkeypatch.undo()
+    assert (desk.ledger.gentle_until > desk.clock.now) is beside
     assert len(desk.sent) == 400
     await desk.settle()
     desk.check_settled()
