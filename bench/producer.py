@@ -46,9 +46,9 @@ DATA: Final = json.dumps(
 )
 """600 bytes when rendered with the envelope: an ordinary e-mail event."""
 
-ONE: Final = "INSERT INTO dispatcher.outbox (id, type, data) VALUES ($1, $2, $3)"
+ONE: Final = "INSERT INTO {table} (id, type, data) VALUES ($1, $2, $3)"
 MANY: Final = """
-    INSERT INTO dispatcher.outbox (id, type, data)
+    INSERT INTO {table} (id, type, data)
     SELECT * FROM unnest($1::text[], $2::text[], array_fill($3::text, ARRAY[cardinality($1::text[])])::json[])
 """
 
@@ -64,6 +64,7 @@ class Stream:
     group: int = 0
     batch: int = 1
     connections: int = 4
+    table: str = "dispatcher.outbox"
 
     @property
     def numbers(self) -> range:
@@ -107,7 +108,8 @@ class _Lane:
     async def open(self, dsn: str) -> None:
         for _ in range(self.stream.connections):
             connection = await asyncpg.connect(dsn, server_settings={"application_name": "bench producer"})
-            self._writers.append((connection, await connection.prepare(ONE if self.stream.batch == 1 else MANY)))
+            insert = (ONE if self.stream.batch == 1 else MANY).format(table=self.stream.table)
+            self._writers.append((connection, await connection.prepare(insert)))
 
     async def run(self, start_ns: int, dice: random.Random) -> None:
         _Pace(asyncio.get_running_loop(), self.stream, start_ns, dice, self._due.put_nowait).start()
