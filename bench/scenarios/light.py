@@ -33,12 +33,14 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
     values = await loaded(lab, report, name, rate=rate, seconds=seconds, endpoints=endpoints)
     alone = await _inserts(lab, rate, seconds)
     report.row("the INSERTs alone", {"PostgreSQL µs": alone})
-    report.row(BARE, await _bare(lab, report, rate, seconds))
+    least = await _bare(lab, report, rate, seconds)
+    report.row(BARE, least)
     report.bar(f"{name}: COMMIT to first byte, p50 ms", _number(values[COMMIT_P50]), at_most=0.7)
     report.bar(f"{name}: COMMIT to first byte, p99 ms", _number(values[COMMIT_P99]), at_most=2.2)
-    daemon, postgres = _number(values["daemon µs"]), _number(values["PostgreSQL µs"])
-    both = None if daemon is None or postgres is None else (daemon + postgres) / 1e3
+    both, floor = _cpu_ms(values), _cpu_ms(least)
     report.bar(f"{name}: daemon + PostgreSQL CPU ms per event", both, at_most=0.5)
+    if both and floor:
+        report.note(f"that is {both / floor:.2f} × what {BARE} and its INSERTs take, {floor:.2f} ms")
 
 
 async def _inserts(lab: Lab, rate: int, seconds: int) -> float | None:
@@ -73,6 +75,11 @@ async def _bare(lab: Lab, report: Report, rate: int, seconds: int) -> dict[str, 
         added = Histogram(cell.ledger.latencies_ns(range(warm, events), since="acked"))
     usage = dataclasses.replace(between(began, ended), daemon_s=None if None in (before, after) else after - before)
     return {COMMIT_P50: added.ms(0.5), COMMIT_P99: added.ms(0.99), **usage.per(events - warm)}
+
+
+def _cpu_ms(values: dict[str, Value]) -> float | None:
+    daemon, postgres = _number(values["daemon µs"]), _number(values["PostgreSQL µs"])
+    return None if daemon is None or postgres is None else (daemon + postgres) / 1e3
 
 
 def _number(value: Value) -> float | None:
