@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 import uvloop
@@ -29,19 +29,12 @@ CREATE: Final = f"""
 READ: Final = f"SELECT seq, id, data FROM {TABLE} WHERE seq > $1 ORDER BY seq"
 
 
-class _Connection(asyncio.Protocol):
-    """Writes requests and does not care for the answers."""
-
-    def connection_made(self, transport: Any) -> None:
-        self.write = transport.write
-
-
 async def serve() -> None:
     """Do as ordered."""
     loop = asyncio.get_running_loop()
     order = json.loads(await loop.run_in_executor(None, sys.stdin.readline))
     host, _, port = order["receiver"].partition(":")
-    _, http = await loop.create_connection(_Connection, host, int(port))
+    http, _ = await loop.create_connection(asyncio.Protocol, host, int(port))  # nobody cares for the answers
     database = await asyncpg.connect(order["dsn"])
     news = await database.prepare(READ)
     notified = asyncio.Event()

@@ -73,7 +73,8 @@ async def _bare(lab: Lab, report: Report, rate: int, seconds: int) -> dict[str, 
         if cell.ledger.distinct != events:
             report.note(f"{BARE}: {events - cell.ledger.distinct} events committed out of turn, and were missed")
         added = Histogram(cell.ledger.latencies_ns(range(warm, events), since="acked"))
-    usage = dataclasses.replace(between(began, ended), daemon_s=None if None in (before, after) else after - before)
+    spent = None if before is None or after is None else after - before
+    usage = dataclasses.replace(between(began, ended), daemon_s=spent)
     return {COMMIT_P50: added.ms(0.5), COMMIT_P99: added.ms(0.99), **usage.per(events - warm)}
 
 

@@ -181,7 +181,7 @@ class Connection:
     def send(self, request: Request, now: float) -> None:
         """Write `request`, which is then this connection's to settle. Raises RuntimeError if it is closed already."""
         data, fd = request.data, self._fd
-        if fd >= 0 and not self._transport.is_closing():  # type: ignore[union-attr]
+        if fd >= 0 and self.is_open:
             try:
                 sent = _write_now(fd, data)
             except OSError:  # full or broken: the transport meets the same and says so

@@ -162,15 +162,19 @@ class OutboxReader:
                 self.progress_at = self._loop.time()
                 if page.registry is not None and page.registry > self.registry.version:
                     await self.reload()
+                rows = len(page.rows)
+                data_bytes = sum([len(row[8]) for row in page.rows if row[8] is not None])
+                by_bytes = PAGE_BYTES * rows // (data_bytes + 1)
+                if rows:
+                    rows_max = max(1, min(rows_max, by_bytes))
                 is_doubtful = self.recovering and self._is_doubtful(page.rows)
                 if not page.complete and not is_doubtful:
                     ahead = self._loop.create_task(self._read(pages, page.after, rows_max))
-                if page.rows:
-                    rows = len(page.rows)
-                    data_bytes, deliveries = await self._route(page, rows if is_doubtful else 1 + rows_max // SLICES)
+                if rows:
+                    slice_rows = rows if is_doubtful else 1 + rows_max // SLICES
+                    deliveries = await self._route(page, data_bytes, slice_rows)
                     # A page is what its deliveries cost: the loop's time and the lanes' room go by these, not events.
                     by_fan_out = self._page_rows * rows // max(rows, deliveries)
-                    by_bytes = PAGE_BYTES * rows // (data_bytes + 1)
                     rows_max = max(1, min(self._page_rows, by_fan_out, by_bytes))
                 elif not self._open:
                     self._advance(page.after)
@@ -243,13 +247,9 @@ class OutboxReader:
 
     # ── routing ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _route(self, page: Page, slice_rows: int) -> tuple[int, int]:
-        """Hand a page's deliveries over, a slice in a turn of the loop.
-
-        Returns the size of its data in bytes, about, and how many deliveries there were.
-        """
+    async def _route(self, page: Page, data_bytes: int, slice_rows: int) -> int:
+        """Hand a page's deliveries over, a slice in a turn of the loop, and return how many there were."""
         rows = page.rows
-        data_bytes = sum([len(row[8]) for row in rows if row[8] is not None])
         opened = OpenPage(page.after, self._loop.time(), data_bytes)
         self._open.append(opened)
         self._open_bytes += data_bytes
@@ -289,7 +289,7 @@ class OutboxReader:
         if opened.left == 0:
             self._ledger.touch()
         deliverer.pump()
-        return data_bytes, deliveries
+        return deliveries
 
     def _pairs(self, rows: list[Any], born: Mapping[int, datetime] | None = None) -> list[tuple[Event, Endpoint]]:
         """Who gets what: (event, endpoint), events in the page's order.

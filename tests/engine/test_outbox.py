@@ -469,12 +469,12 @@ async def test_to_wait_for_endpoints_is_progress_and_to_wait_for_our_own_ledger_
     await waiting
 
 
-def _row(seq: int) -> tuple[Any, ...]:
-    return (None, None, None, seq, 100 + seq, f"evt_{seq}", "default", "test.event", '{"n": 1}', 0, 0, None)
+SMALL, LARGE = '{"n": 1}', "x" * (4 << 20)
 
 
-def _page(seqs: range, *, complete: bool) -> Page:
-    return Page([_row(seq) for seq in seqs], Cursor((1, 1, ()), BEGINNING), None, complete=complete)
+def _page(seqs: range, *, complete: bool, data: str = SMALL) -> Page:
+    rows = [(None, None, None, n, 100 + n, f"evt_{n}", "default", "test.event", data, 0, 0, None) for n in seqs]
+    return Page(rows, Cursor((1, 1, ()), BEGINNING), None, complete=complete)
 
 
 ALONE = ["reads", "routes", "routed"] * 3
@@ -482,25 +482,36 @@ AHEAD = ["reads", "routes", "reads", "routed", "routes", "reads", "routed", "rou
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(("newest_known", "expected"), [(None, ALONE), (4, ALONE), (-1, AHEAD)])
+@pytest.mark.parametrize(
+    ("newest_known", "data", "expected", "limits"),
+    [
+        (None, SMALL, ALONE, [500, 500, 500]),
+        (4, SMALL, ALONE, [500, 500, 500]),
+        (-1, SMALL, AHEAD, [500, 500, 500]),
+        (-1, LARGE, AHEAD, [500, 1, 1]),
+    ],
+    ids=["first", "doubtful", "new", "large"],
+)
 async def test_the_next_page_is_read_while_one_is_routed_unless_the_database_is_asked_about_it(
-    newest_known: int | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    newest_known: int | None, data: str, expected: list[str], limits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    pages = iter([_page(range(start, start + 4), complete=start == 8) for start in (0, 4, 8)])
+    asked: list[int] = []
+    pages = iter([_page(range(start, start + 4), complete=start == 8, data=data) for start in (0, 4, 8)])
 
     class Pages:
         def __init__(self, *_: Any) -> None: ...
         async def prepare(self) -> None: ...
-        async def read(self, *_: Any) -> Page:
+        async def read(self, _: Cursor, limit: int) -> Page:
             said.append("reads")
+            asked.append(limit)
             return next(pages)
 
-    async def route(page: Page, _: int) -> tuple[int, int]:
+    async def route(page: Page, *_: int) -> int:
         said.append("routes")
         await asyncio.sleep(0)
         said.append("routed")
-        return 0, len(page.rows)
+        return len(page.rows)
 
     async def end(*_: Any) -> None:
         reader.stop()
@@ -516,6 +527,7 @@ async def test_the_next_page_is_read_while_one_is_routed_unless_the_database_is_
         setattr(reader, name, instead)
     await reader.run(Cursor((1, 1, ()), BEGINNING))
     assert said == expected
+    assert asked == limits, "the next page is no larger in bytes than one may be"
 
 
 @pytest.mark.interpreted
@@ -538,7 +550,8 @@ async def test_between_two_slices_of_a_page_the_loop_has_a_turn() -> None:
         dice=random.Random(1),
     )
     reader.recovering = False
-    reader.registry = types.SimpleNamespace(match=lambda *_: [endpoint], all_since=0)  # type: ignore[assignment]
+    registry: Any = types.SimpleNamespace(match=lambda *_: [endpoint], all_since=0)
+    reader.registry = registry
 
     async def count() -> None:
         nonlocal turns
@@ -549,7 +562,7 @@ async def test_between_two_slices_of_a_page_the_loop_has_a_turn() -> None:
     counting = asyncio.create_task(count())
     await asyncio.sleep(0)
     page = _page(range(10), complete=True)
-    assert await reader._route(page, 4) == (80, 10)
+    assert await reader._route(page, 80, 4) == 10
     counting.cancel()
     assert [seq for seq, _ in offered] == list(range(10))
     assert len({turn for _, turn in offered}) == 3
