@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 
-from bench.lab import Broken, Lab
+from bench.lab import Lab
+from bench.processes import Broken
 from bench.report import Report
 from bench.scenario import Scenario, all_scenarios
 from dispatcher.errors import DispatcherError
@@ -64,7 +66,8 @@ def parser(scenarios: dict[str, Scenario]) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what was asked for; return 0: done, 1: void (or, with --strict, a bar missed), 2: no run at all."""
+    """Run what was asked for; return 0: done, 1: void or not saved (or, with --strict, a bar missed), 2: no run
+    at all."""
     scenarios = all_scenarios()
     options = parser(scenarios).parse_args(arguments)
     smoke = options.command == "smoke"
@@ -81,10 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         reports = asyncio.run(_run(plans, options, smoke=smoke))
     except (Broken, DispatcherError) as error:
-        Console(stderr=True).print(str(error), style="bold red", highlight=False)
+        Console(stderr=True).print(str(error), style="bold red", highlight=False, soft_wrap=True)
         return 2
     missed = any(bar.is_met is False for report in reports for bar in report.bars)
-    return int(any(report.is_void for report in reports) or (options.strict and missed))
+    failed = any(report.is_void or not report.is_kept for report in reports)
+    return int(failed or (options.strict and missed))
 
 
 def _sizes(scenario: Scenario, options: argparse.Namespace, *, smoke: bool) -> dict[str, Any]:
@@ -98,6 +102,8 @@ async def _run(
 ) -> list[Report]:
     console = Console(width=None if sys.stdout.isatty() else PAGE_COLUMNS)
     results = options.results or (None if smoke else RESULTS)
+    if results is not None:
+        _check(results)
     reports = []
     async with Lab(
         directory=options.directory,
@@ -114,9 +120,29 @@ async def _run(
             await scenario.run(lab, report, sizes)
             report.show(console, judged=not smoke)
             if results is not None:
-                console.print(f"  {report.save(results, lab.surroundings())}", style="dim", highlight=False)
+                _keep(report, results, lab, console)
             reports.append(report)
     return reports
+
+
+def _check(results: Path) -> None:
+    """Raise Broken when nothing can be written there: before the run, not behind it."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results):
+            pass
+    except OSError as error:
+        raise Broken(f"no results can be written to {results}: {error.strerror}") from error
+
+
+def _keep(report: Report, results: Path, lab: Lab, console: Console) -> None:
+    try:
+        path = report.save(results, lab.surroundings())
+    except OSError as error:
+        report.is_kept = False
+        console.print(f"not saved in {results}: {error.strerror}", style="bold red", highlight=False, soft_wrap=True)
+    else:
+        console.print(f"  {path}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _introduce(console: Console, lab: Lab, *, smoke: bool) -> None:

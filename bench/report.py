@@ -56,6 +56,7 @@ class Report:
     def __init__(self, scenario: str, question: str, sizes: Mapping[str, Any]) -> None:
         self.scenario, self.question, self.sizes = scenario, question, dict(sizes)
         self.began_unix_s = time.time()
+        self.is_kept = True  # its files were written, or nobody wanted them
         self.rows: list[tuple[str, dict[str, Value]]] = []
         self.bars: list[Bar] = []
         self.books: dict[str, Balance] = {}
@@ -157,14 +158,18 @@ class Report:
         }
 
     def save(self, directory: Path, surroundings: Mapping[str, Any]) -> Path:
-        """Write the JSON and the plot; return the path of the JSON."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """Write the JSON and the plot; return the path of the JSON. Raises OSError, and leaves no half of a file."""
         stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(self.began_unix_s))}-{self.scenario}"
-        path = directory / f"{stem}.json"
-        path.write_text(json.dumps(self.to_json(surroundings), indent=1) + "\n", encoding="utf-8")
-        if drawing := self.draw():
-            (directory / f"{stem}.svg").write_text(drawing, encoding="utf-8")
-        return path
+        texts = {"json": json.dumps(self.to_json(surroundings), indent=1) + "\n", "svg": self.draw()}
+        for suffix, text in texts.items():
+            path = directory / f"{stem}.{suffix}"
+            try:
+                if text:
+                    path.write_text(text, encoding="utf-8")
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+        return directory / f"{stem}.json"
 
     def draw(self) -> str:
         """The plot that suits what was measured; empty if there is nothing to draw."""

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from xml.etree import ElementTree as ET
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from bench.__main__ import _keep
 from bench.histogram import STEPS, Histogram, bucket_of, edge_of
 from bench.ledger import FOREIGN, Ledger, endpoint_path, event_id, event_type
 from bench.machine import ROOT
 from bench.plot import columns, lines, quantiles
 from bench.producer import Stream
+from bench.report import Report
 from bench.scenario import all_scenarios
 from bench.scenarios.peers import postgres_variables
 
@@ -77,6 +84,45 @@ def test_a_run_says_on_what_it_was_made(smoke: dict[str, Any]) -> None:
         assert found["versions"]["PostgreSQL"]
         assert found["versions"]["PostgreSQL settings"]["fsync"] == "on"
         assert found["receiver ceiling"]["requests/s"] > 0
+
+
+# What is left of a run.
+
+
+def test_results_that_cannot_be_written_are_said_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "light", "--results", str(tmp_path / "file")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"no results can be written to {tmp_path / 'file'}" in done.stderr
+
+
+def test_of_results_for_which_there_is_no_room_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report("light", "what?", {})
+    report.row("cell", {"per second": 1.0})
+
+    def write_half(path: Path, text: str, **_: object) -> None:
+        path.write_bytes(text.encode()[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", write_half)
+        with pytest.raises(OSError, match="No space left"):
+            report.save(tmp_path, {})
+        printed = io.StringIO()
+        console = Console(file=printed)
+        _keep(report, tmp_path, cast("Any", SimpleNamespace(surroundings=dict)), console)
+    assert not report.is_kept
+    assert "No space left" in printed.getvalue()
+    assert list(tmp_path.iterdir()) == []
+    report.save(tmp_path, {})
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".svg"]
 
 
 # The ledger.

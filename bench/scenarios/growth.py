@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from bench.lab import Cell, Lab, Mix
+from bench.cell import Cell, Mix
+from bench.lab import Lab
 from bench.report import Report
 from bench.scenario import Option, Sizes
 

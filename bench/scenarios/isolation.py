@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Final
 
+from bench.cell import Cell, Mix
 from bench.histogram import Histogram
-from bench.lab import Cell, Lab, Mix
+from bench.lab import Lab
 from bench.ledger import NEVER
 from bench.producer import Stream
 from bench.receiver import Behaviour

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from bench.cell import Cell, Mix
 from bench.histogram import Histogram
-from bench.lab import Cell, Lab, Mix
+from bench.lab import Lab
 from bench.producer import Stream
 from bench.report import Report, Value
 from bench.scenario import Option, Sizes

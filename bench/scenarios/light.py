@@ -11,7 +11,9 @@ import dataclasses
 
 from bench import bare, machine
 from bench.histogram import Histogram
-from bench.lab import Lab, Process, between
+from bench.lab import Lab
+from bench.meter import between
+from bench.processes import Process
 from bench.producer import Stream
 from bench.report import Report, Value
 from bench.scenario import Option, Sizes

@@ -7,7 +7,8 @@ import asyncio
 import time
 from typing import Final
 
-from bench.lab import Cell, Lab, Mix
+from bench.cell import Cell, Mix
+from bench.lab import Lab
 from bench.producer import Stream
 from bench.receiver import Behaviour
 from bench.report import Report

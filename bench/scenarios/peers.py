@@ -22,7 +22,9 @@ from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from bench import machine
-from bench.lab import Broken, Cell, Daemon, Lab
+from bench.cell import Cell
+from bench.lab import Lab
+from bench.processes import Broken, Daemon
 from bench.report import Report
 from bench.scenario import Option, Sizes
 from bench.scenarios.throughput import drain

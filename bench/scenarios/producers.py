@@ -15,7 +15,9 @@ from typing import Any, Final
 
 import asyncpg
 
-from bench.lab import Cell, Lab, between
+from bench.cell import Cell
+from bench.lab import Lab
+from bench.meter import between
 from bench.producer import DATA
 from bench.report import Report
 from bench.scenario import Option, Sizes

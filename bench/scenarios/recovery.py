@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import time
 
-from bench.lab import Cell, Lab
+from bench.cell import Cell
+from bench.lab import Lab
 from bench.ledger import NEVER
 from bench.producer import Stream
 from bench.report import Report

@@ -18,9 +18,11 @@ from typing import Final
 
 import asyncpg
 
+from bench.cell import Cell, Mix
 from bench.histogram import Histogram
-from bench.lab import Broken, Cell, Lab, Mix
+from bench.lab import Lab
 from bench.ledger import ID_DIGITS
+from bench.processes import Broken
 from bench.producer import Stream
 from bench.receiver import Behaviour
 from bench.report import Report

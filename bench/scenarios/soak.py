@@ -8,8 +8,9 @@ import itertools
 import time
 from typing import Final
 
+from bench.cell import Cell
 from bench.histogram import Histogram
-from bench.lab import Cell, Lab
+from bench.lab import Lab
 from bench.ledger import NEVER
 from bench.producer import Stream
 from bench.receiver import Behaviour

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from bench.lab import Lab, Mix
+from bench.cell import Mix
+from bench.lab import Lab
 from bench.ledger import ACCEPTED, NEVER
 from bench.receiver import Behaviour
 from bench.report import Report

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 import asyncpg
 
-from bench.lab import Cell, Lab
+from bench.cell import Cell
+from bench.lab import Lab
 from bench.report import Report
 from bench.scenario import Option, Sizes
 from dispatcher.store.database import statements
