@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
-from model_postgres import Backend, ModelPostgres, Statement, Transaction, statement_of
+from model_postgres import Backend, ModelPostgres, Transaction
+from model_statements import Statement, statement_of
 from virtual_loop import PROCESS
 
 VERSION = SimpleNamespace(major=18, minor=0)

@@ -31,8 +31,9 @@ import model_receivers
 import structlog
 from judge import Judge, Violation
 from model_driver import Driver, ModelConnection, Weather
-from model_postgres import ACCOUNT, ModelPostgres, Statement, Transaction
+from model_postgres import ACCOUNT, ModelPostgres, Transaction
 from model_receivers import PASSING, Internet, Mood, Receiver
+from model_statements import Statement
 from virtual_loop import PROCESS, Process, State, VirtualLoop
 
 from dispatcher.core.addresses import Guard
