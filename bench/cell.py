@@ -20,7 +20,6 @@ from bench.ledger import (
     GROUP_DIGITS,
     ID_DIGITS,
     ID_PREFIX,
-    NEVER,
     OPEN,
     TYPE_PREFIX,
     Balance,
@@ -301,10 +300,6 @@ class Cell:
     def open_connections(self) -> int:
         """Connections the receiver holds."""
         return self.ledger.head[OPEN]
-
-    def first_ns(self) -> int:
-        """When the first delivery of all came."""
-        return min((at for at in self.ledger.first if at != NEVER), default=0)
 
 
 def _webhook(url: str, group: int, settings: Mapping[str, object]) -> EndpointChange:

@@ -1,4 +1,4 @@
-"""The nouns, and which state may follow which.
+"""The nouns.
 
 Every word here is the same in columns, JSON, metrics, logs and commands; CHECK constraints in the schema mirror the
 enums. Nothing here moves or decides.
@@ -14,7 +14,6 @@ from typing import Final, NewType
 
 AccountId = NewType("AccountId", int)
 EndpointId = NewType("EndpointId", int)
-ShardId = NewType("ShardId", int)
 
 DEFAULT_ACCOUNT: Final = "default"
 
@@ -40,23 +39,6 @@ class DeliveryState(StrEnum):
 
 
 SETTLED: Final = frozenset({DeliveryState.DELIVERED, DeliveryState.EXHAUSTED, DeliveryState.DISCARDED})
-
-TRANSITIONS: Final[dict[DeliveryState, frozenset[DeliveryState]]] = {
-    DeliveryState.PENDING: frozenset({DeliveryState.IN_FLIGHT, DeliveryState.DISCARDED}),
-    DeliveryState.IN_FLIGHT: frozenset(
-        {
-            DeliveryState.PENDING,  # released: our shutdown or our fault, never counted as an attempt
-            DeliveryState.RETRYING,
-            DeliveryState.DELIVERED,
-            DeliveryState.EXHAUSTED,
-            DeliveryState.DISCARDED,
-        }
-    ),
-    DeliveryState.RETRYING: frozenset({DeliveryState.IN_FLIGHT, DeliveryState.DISCARDED}),
-    DeliveryState.DELIVERED: frozenset(),
-    DeliveryState.EXHAUSTED: frozenset(),
-    DeliveryState.DISCARDED: frozenset(),
-}
 
 
 class EndpointStatus(StrEnum):

@@ -8,6 +8,8 @@ import itertools
 import time
 from typing import Final
 
+import asyncpg
+
 from bench.cell import Cell
 from bench.histogram import Histogram
 from bench.lab import Lab
@@ -27,10 +29,15 @@ OPTIONS = (
     Option("patience", 90, 30, "seconds without a delivery before the rest counts as missing"),
 )
 INTERVALS: Final = 60  # of the plot
+WEIGH_S: Final = 2.0
 CUT: Final = """
     SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
     WHERE application_name LIKE 'dispatcher %' AND datname = current_database()
 """
+# What is written again and again: rows that come and go, and one that is updated with each flush.
+WEIGHT: Final = "SELECT pg_total_relation_size('dispatcher.pending') + pg_total_relation_size('dispatcher.shard')"
+
+Series = list[tuple[float, float]]
 
 
 async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
@@ -55,8 +62,10 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
         await cell.daemon.ready()
         stream = Stream(first=0, count=events, rate=rate, groups=endpoints)
         load = asyncio.create_task(cell.produce(stream), name="load")
+        weighing = asyncio.create_task(_weigh(cell, load), name="weighing")
         faults = await _harass(cell, load, sizes["every"])
         await load
+        weight = await weighing
         mine = [n for n in range(events) if stream.group_of(n) < 4 * fifth]
         count = cell.ledger.count
         flaky = range(3 * fifth, 4 * fifth)
@@ -79,11 +88,16 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
                 "faults": faults,
                 "sent": balance.sent,
                 "missing": balance.missing,
-                "duplicates": balance.duplicates - retried,
+                "retried": retried,
+                "repeated": balance.duplicates - retried,
                 "RSS MB": cell.meter.rss_max_mb,
+                "pending and shard MB": max(mb for _, mb in weight),
             },
         )
+        report.series["pending and shard, MB"] = weight
         _over_time(cell, report, stream, 2 * fifth)
+        report.bar("RSS, last third in proportion to before", _growth(cell.meter.rss_series()), at_most=1.1)
+        report.bar("pending and shard on disk, the same", _growth(weight), at_most=1.1)
 
 
 async def _harass(cell: Cell, load: asyncio.Task[Histogram], every_s: float) -> int:
@@ -103,6 +117,29 @@ async def _harass(cell: Cell, load: asyncio.Task[Histogram], every_s: float) -> 
                 await cell.daemon.stop()
                 await cell.daemon.start()
     raise AssertionError("counting does not end")
+
+
+async def _weigh(cell: Cell, load: asyncio.Task[Histogram]) -> Series:
+    """(seconds since it began, MB on disk) while the load lasts."""
+    connection = await asyncpg.connect(cell.dsn)
+    began, found = time.monotonic(), Series()
+    try:
+        while True:
+            found.append((time.monotonic() - began, await connection.fetchval(WEIGHT) / 1e6))
+            if load.done():
+                return found
+            await asyncio.wait([load], timeout=WEIGH_S)
+    finally:
+        await connection.close()
+
+
+def _growth(series: Series) -> float | None:
+    """The highest of the last third of the time, in proportion to the highest of the time before."""
+    if not series:
+        return None
+    turn_s = series[-1][0] * 2 / 3
+    before, after = ([value for at_s, value in series if (at_s > turn_s) is late] for late in (False, True))
+    return max(after) / max(before) if before and after else None
 
 
 def _over_time(cell: Cell, report: Report, stream: Stream, healthy: int) -> None:

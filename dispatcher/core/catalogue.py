@@ -90,10 +90,6 @@ class Catalogue:
         """The type of that name; None if it is not known."""
         return self._types.get(name)
 
-    def nearest(self, name: str) -> str | None:
-        """The known type that was probably meant; None if nothing comes close."""
-        return _nearest(name, self._types)
-
     def check_filter(self, text: str) -> str | None:
         """What is wrong with this entry of a webhook's `events`; None if nothing is.
 
@@ -102,12 +98,13 @@ class Catalogue:
         if text in self._types or text in OWN_TYPES or (valid_filter(text) and not is_type(text)):
             return None
         groups = {f"{name.split('.')[0]}.*": None for name in self._types}
-        meant = _nearest(text, (*self._types, *OWN_TYPES, *groups))
+        meant = nearest(text, (*self._types, *OWN_TYPES, *groups))
         hint = f'did you mean "{meant}"?' if meant else 'expected a known type, "*", or a prefix like "email.*"'
         return f'"{_shown(text)}" is not an event type: {hint}'
 
 
-def _nearest(text: str, candidates: Iterable[str]) -> str | None:
+def nearest(text: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that was probably meant; None if nothing comes close."""
     # Cut to what a type can be: the comparison takes time by the square of the length.
     close = difflib.get_close_matches(text[:TYPE_BYTES_MAX].lower(), list(candidates), n=1)
     return close[0] if close else None

@@ -1,6 +1,6 @@
 """The header fields of a delivery's request, as a list: for what is sent once, and for showing what was sent.
 
-The deliverer writes the same fields as prepared bytes; a test holds the two together.
+The deliverer writes the same fields as one formatted text; a test holds the two together.
 """
 
 from __future__ import annotations

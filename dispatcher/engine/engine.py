@@ -41,7 +41,6 @@ from dispatcher.engine.spans import Spans
 from dispatcher.engine.transport import Transport
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, Fenced, SchemaMismatch
 from dispatcher.logs import get_logger
-from dispatcher.model import EndpointStatus
 from dispatcher.moments import to_datetime
 from dispatcher.snapshot import NO_ENDPOINTS, WORST, Snapshot, TableSize, TroubledEndpoint
 from dispatcher.store.database import TROUBLE, close, connect, raise_if_cancelled, statements
@@ -54,7 +53,7 @@ from dispatcher.store.shard import ShardState, ShardStore
 from dispatcher.store.vault import Vault
 from dispatcher.telemetry import Telemetry
 
-BUFFERED_MAX: Final = 10_000  # outcomes waiting for PostgreSQL: 4 MB, and the most a crash then sends twice
+BUFFERED_MAX: Final = 10_000  # outcomes waiting for PostgreSQL: 4 MB; SECURITY.md says what a crash may repeat
 RETRIES_SHARE: Final = 4  # retries may fill a quarter of the queues
 UPKEEP_S: Final = 0.25
 STRAGGLER_S: Final = 2.0  # in flight longer than this after it was read: insured, so that it does not hold the cursor
@@ -142,7 +141,7 @@ class Engine:
         self._retries: Retries | None = None
         self._oldest_pending_at: datetime | None = None
         self._newest_seq = 0
-        self._statuses = NO_ENDPOINTS
+        self._statuses = dict(NO_ENDPOINTS)
         self._instances: dict[str, int] = {}
         self._partitions_until: dict[str, float] = {}
         self._pruned = Pruned()
@@ -310,7 +309,7 @@ class Engine:
         async def load_registry() -> Registry:
             async with registry_lock:
                 found, version = await registry_store.registry(self.settings.defaults, self.shard)
-            self._statuses = {s.value: 0 for s in EndpointStatus}
+            self._statuses = dict(NO_ENDPOINTS)
             for endpoint in found:
                 self._statuses[endpoint.status.value] += 1
             return Registry(found, version)

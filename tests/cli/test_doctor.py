@@ -295,7 +295,7 @@ async def test_more_connections_than_the_role_may_have_are_a_problem(
     await poor.close()
     await connection.execute(f"DROP ROLE {user}")
     assert found["connections"].verdict is Verdict.PROBLEM
-    assert found["connections"].found == "15 are wanted, 5 can be had"
+    assert found["connections"].found == "16 are wanted, 5 can be had"
     assert "pg_monitor" in found["WAL"].found
 
 

@@ -46,7 +46,6 @@ class Mood(Enum):
 
 
 PASSING = tuple(mood for mood in Mood if mood not in {Mood.WELL, Mood.GONE})
-DIALS = {Mood.REFUSING, Mood.UNREACHABLE}
 
 
 class Arrival:

@@ -16,9 +16,11 @@ from dispatcher.cli.checkup.host import read_vault
 from dispatcher.config import Config
 from dispatcher.errors import ConfigurationError, DatabaseUnreachable, SchemaMismatch
 from dispatcher.store.database import LOCK_CLASS, TROUBLE, connect, statements
+from dispatcher.store.fleet import FleetStore
 from dispatcher.store.schema import check_schema
 
-ENGINE_CONNECTIONS: Final = 7  # listener, reader, writer, retries, upkeep; retention and replays now and then
+SHARD_CONNECTIONS: Final = 7  # listener, reader, writer, retries, upkeep; retention and replays now and then
+DAEMON_CONNECTIONS: Final = 1  # member
 CLOCK_TRIES: Final = 3
 CLOCK_S: Final = 1.0
 CLOCK_WRONG_S: Final = 30.0
@@ -145,7 +147,10 @@ async def _look_at_connections(connection: Any, config: Config) -> Finding:
                (SELECT rolconnlimit FROM pg_roles WHERE rolname = current_user) AS ours_at_most
         """
     )
-    wanted = ENGINE_CONNECTIONS + config.database.pool_size
+    shards = 1
+    with contextlib.suppress(asyncpg.UndefinedTableError, asyncpg.InsufficientPrivilegeError):  # as it begins
+        shards = await FleetStore(connection).count()
+    wanted = SHARD_CONNECTIONS * shards + DAEMON_CONNECTIONS + config.database.pool_size
     left = row["most"] - row["others"]
     if row["ours_at_most"] >= 0:
         left = min(left, row["ours_at_most"])
