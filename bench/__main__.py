@@ -16,7 +16,9 @@ from bench.lab import Lab
 from bench.processes import Broken
 from bench.report import Report
 from bench.scenario import Scenario, all_scenarios
+from dispatcher.config import Log
 from dispatcher.errors import DispatcherError
+from dispatcher.logs import start_logging
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 CEILING_S: Final = 1.0
@@ -81,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case name:
             chosen = [scenarios[name]]
     plans = [(s, _sizes(s, options, smoke=smoke)) for s in chosen]
+    start_logging(Log(level="warning"))  # migrations and the embedded server are no news here
     try:
         reports = asyncio.run(_run(plans, options, smoke=smoke))
     except (Broken, DispatcherError) as error:

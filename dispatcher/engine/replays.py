@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from dispatcher.engine.leases import until_rung
 from dispatcher.errors import DatabaseUnreachable
 from dispatcher.logs import get_logger
 from dispatcher.store.database import TROUBLE, connect, raise_if_cancelled
@@ -50,11 +51,7 @@ class Replays:
             except (DatabaseUnreachable, *TROUBLE) as error:
                 raise_if_cancelled()
                 log.warning("replays.failed", reason=str(error) or type(error).__name__, retry_in_s=SAFETY_S)
-            try:
-                async with asyncio.timeout(SAFETY_S):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await until_rung(self._wake, SAFETY_S)
 
     async def _work(self, replays: ReplayStore) -> None:
         """Until no job is under way. Each gets one step a round, so that a long one keeps nobody waiting."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointStatus
+from dispatcher.moments import BEGINNING
 from dispatcher.snapshot import Snapshot
 from dispatcher.store.database import statements
 
@@ -145,7 +146,7 @@ class OverviewStore:
         whole = next(row for row in rows if row["is_whole"])
         begin, length = whole["cut_at"] or since, whole["length"]
         found = {row["bucket"]: row for row in rows if not row["is_whole"]}
-        first = _ORIGIN + (begin - _ORIGIN) // length * length
+        first = BEGINNING + (begin - BEGINNING) // length * length  # as in the statement
         count = -((first - until) // length)
         places = [first + place * length for place in range(count)]
         return Traffic(
@@ -194,9 +195,6 @@ class OverviewStore:
         """What the daemon that delivers said of itself last, and when; None if none ever did."""
         row = await self._db.fetchrow(self._sql["engine"])
         return None if row is None else (row["heartbeat_at"], msgspec.json.decode(row["snapshot"], type=Snapshot))
-
-
-_ORIGIN: Final = datetime(2000, 1, 1, tzinfo=UTC)  # as in the statement
 
 
 def _slice(at: datetime, row: Any) -> Slice:

@@ -23,7 +23,10 @@ from dispatcher.web.problems import FieldError, invalid
 LIMIT: Final = 20
 LIMIT_MAX: Final = 100
 
-_is_cursor: Final = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
+ID_FORM: Final = "[A-Za-z0-9_-]{1,64}"
+is_id: Final = re.compile(ID_FORM).fullmatch
+"""Whether a text can be the id of anything, and so a place in a list."""
+
 _is_limit: Final = re.compile(r"[0-9]{1,3}").fullmatch
 
 
@@ -97,7 +100,7 @@ def wanted(request: web.Request, *filters: str, prefix: str = "") -> Wanted:
     errors += (
         FieldError(name, "expected what `next` of a page was, or the id of an entry")
         for name in ("after", "before")
-        if name in query and not (_is_cursor(query[name]) and query[name].startswith(prefix))
+        if name in query and not (is_id(query[name]) and query[name].startswith(prefix))
     )
     if "after" in query and "before" in query:
         errors.append(FieldError("before", "cannot be combined with after"))

@@ -9,11 +9,11 @@ from typing import Final, TypeVar
 import msgspec
 from aiohttp import web
 
-from dispatcher.web.answers import no_query
+from dispatcher.web.answers import ID_FORM, no_query
 from dispatcher.web.bodies import Check, read_body
 from dispatcher.web.problems import FieldError, invalid
 
-ID: Final = "{id:[A-Za-z0-9_-]{1,64}}"  # in a path: the first thing that it names
+ID: Final = f"{{id:{ID_FORM}}}"  # in a path: the first thing that it names
 WEBHOOK: Final = f"/webhooks/{ID}"
 
 A_MOMENT: Final = 'a time with its zone, like "2025-01-15T10:30:00Z"'

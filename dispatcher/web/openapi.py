@@ -27,7 +27,7 @@ from aiohttp import web
 
 from dispatcher import __version__
 from dispatcher.core.catalogue import Catalogue, EventType
-from dispatcher.web.answers import LIMIT, LIMIT_MAX
+from dispatcher.web.answers import ID_FORM, LIMIT, LIMIT_MAX
 from dispatcher.web.problems import CONTENT_TYPE
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -36,7 +36,7 @@ Json = dict[str, Any]
 OPENAPI: Final = "3.1.0"
 JSON: Final = "application/json"
 EVENT_STREAM: Final = "text/event-stream"
-ID_PATTERN: Final = "^[A-Za-z0-9_-]{1,64}$"
+ID_PATTERN: Final = f"^{ID_FORM}$"
 
 PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
     "bad_request": (400, "The request makes no sense to an HTTP server."),

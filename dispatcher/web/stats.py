@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from dispatcher.core.backoff import parse_duration
+from dispatcher.moments import BEGINNING
 from dispatcher.store.deliveries import NOTHING, Stats, Tally
 from dispatcher.web.answers import answer, check_query, moment
 from dispatcher.web.asked import WEBHOOK
@@ -27,7 +28,6 @@ WINDOW_MAX_S: Final = 30 * 86400.0
 BUCKETS_MAX: Final = 60  # what a chart of the width of a page can show
 BUCKETS_S: Final = (1, 5, 10, 30, 60, 300, 600, 1800, 3600, 10800, 21600, 43200, 86400)
 _WINDOW: Final = Parameter("window", "How far back: 1m to 30d.", {"type": "string", "default": WINDOW})
-_ORIGIN: Final = datetime(2000, 1, 1, tzinfo=UTC)  # buckets are counted from here, so that they do not move
 
 
 class Deliveries(msgspec.Struct):
@@ -143,7 +143,7 @@ def _seconds(window: str) -> float:
 
 def _buckets(found: Stats, since: datetime, until: datetime, bucket: timedelta) -> list[Bucket]:
     """Every bucket that the window touches, empty ones included, the oldest first."""
-    first = _ORIGIN + (since - _ORIGIN) // bucket * bucket
+    first = BEGINNING + (since - BEGINNING) // bucket * bucket  # so that they do not move
     count = -((first - until) // bucket)
     return [_shown(at, found.buckets.get(at, NOTHING)) for at in (first + n * bucket for n in range(count))]
 

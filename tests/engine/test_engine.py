@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 from house import PATIENCE_S, Arrival, House, until
@@ -736,11 +737,25 @@ async def test_error_text_the_database_cannot_hold_stops_nothing(house: House, m
     assert error.startswith("what\ufffd a ? mess")
 
 
-async def test_writes_go_on_with_asynchronous_commit(house: House) -> None:
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_outcomes_are_committed_as_the_setting_says(
+    house: House, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    found: dict[str, str] = {}
+
+    async def noting(dsn: str, *, name: str, **more: Any) -> Any:
+        connection = await connect(dsn, name=name, **more)
+        found[name] = await connection.fetchval("SHOW synchronous_commit")
+        return connection
+
+    monkeypatch.setattr("dispatcher.engine.engine.connect", noting)
     await house.webhook()
-    await house.start(synchronous_commit=False)
+    await house.start(synchronous_commit=wanted)
     await house.emit(1, 100)
     await until(lambda: house.settled(100))
+    assert found["dispatcher writer"] == ("on" if wanted else "off")
+    servers = await house.app.fetchval("SHOW synchronous_commit")
+    assert {found[f"dispatcher {name}"] for name in ("reader", "retries", "upkeep")} == {servers}
 
 
 @pytest.mark.interpreted

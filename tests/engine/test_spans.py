@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -142,7 +143,8 @@ async def test_collector_that_is_away_costs_no_delivery_and_a_bounded_end(
     await house.start(prepare)
     await house.emit(1, 20)
     await until(lambda: house.settled(20))
-    await spans.close()
+    async with asyncio.timeout(5):
+        await spans.close()
 
 
 def test_without_the_extra_the_setting_is_refused_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

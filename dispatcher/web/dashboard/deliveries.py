@@ -13,6 +13,7 @@ from dispatcher.errors import AddressRefused
 from dispatcher.model import DeliveryState, EndpointStatus, Result
 from dispatcher.store.deliveries import DeliveryDetail, DeliveryRecord
 from dispatcher.store.endpoints import EndpointRecord
+from dispatcher.web.asked import ID
 from dispatcher.web.chronicle import Chronicle, request_body
 from dispatcher.web.dashboard.advice import explained
 from dispatcher.web.dashboard.curl import command
@@ -20,7 +21,7 @@ from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.payloads import Exhibit, exhibit
 from dispatcher.web.dashboard.visits import session_of
 
-DELIVERY: Final = "/deliveries/{id:[A-Za-z0-9_-]{1,64}}"
+DELIVERY: Final = f"/deliveries/{ID}"
 KEPT_BYTES: Final = 4096  # of a response body; one that is as long may have been longer
 
 

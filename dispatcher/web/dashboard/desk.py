@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
 
 from aiohttp import web
 
@@ -11,7 +10,6 @@ from dispatcher.web.dashboard.rendering import Templates
 from dispatcher.web.dashboard.visits import Door, Handler
 from dispatcher.web.parts import Log, Stores, Web
 
-WEBHOOK: Final = "/webhooks/{id:[A-Za-z0-9_-]{1,64}}"
 """The path of one webhook's pages."""
 
 

@@ -19,10 +19,11 @@ from dispatcher.core.backoff import PRESETS, format_duration
 from dispatcher.core.catalogue import OWN_TYPES, EventType
 from dispatcher.model import BodyStyle
 from dispatcher.store.endpoints import EndpointChange, EndpointRecord
+from dispatcher.web.asked import WEBHOOK
 from dispatcher.web.bodies import parse_body
 from dispatcher.web.changes import Changes
-from dispatcher.web.dashboard.desk import WEBHOOK, Desk
-from dispatcher.web.dashboard.visits import read_form, session_of
+from dispatcher.web.dashboard.desk import Desk
+from dispatcher.web.dashboard.visits import named, read_form, session_of
 from dispatcher.web.problems import FieldError, Problem
 from dispatcher.web.webhooks import NewWebhook, WebhookPatch, checks, merged, register, shown
 
@@ -91,13 +92,13 @@ class Editing:
 
     async def edit(self, request: web.Request) -> web.StreamResponse:
         """A form with the settings as they are."""
-        record = await self._changes.current(*_named(request))
+        record = await self._changes.current(*named(request))
         return self._page(request, _form(record), record)
 
     async def update(self, request: web.Request) -> web.StreamResponse:
         """Save them, unless they are those of another version."""
         form = await read_form(request)
-        account_id, webhook_id = _named(request)
+        account_id, webhook_id = named(request)
         try:
             patch = parse_body(_document(form), WebhookPatch, checks(self._desk.parts))
         except Problem as problem:
@@ -187,10 +188,6 @@ _BLANK: Final = {
     "timeout_s": "",
     "version": "",
 }
-
-
-def _named(request: web.Request) -> tuple[int, str]:
-    return session_of(request).owner.account_id, request.match_info["id"]
 
 
 def _document(form: Mapping[str, str]) -> str:

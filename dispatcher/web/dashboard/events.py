@@ -11,6 +11,8 @@ from aiohttp import web
 
 from dispatcher.core.rendering import is_type
 from dispatcher.store.events import EventPage
+from dispatcher.web.answers import is_id
+from dispatcher.web.asked import ID
 from dispatcher.web.chronicle import Chronicle
 from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.payloads import exhibit
@@ -20,8 +22,6 @@ from dispatcher.web.problems import not_found
 SHOWN: Final = 25
 DISCARDED: Final = "discarded"
 PREVIEW_CHARS: Final = 160
-
-_is_id: Final = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class EventPages:
         """Paths of the whole listener."""
         return [
             self._desk.page("/events", self.browse),
-            self._desk.page("/events/{id:[A-Za-z0-9_-]{1,64}}", self.show),
+            self._desk.page(f"/events/{ID}", self.show),
         ]
 
     async def browse(self, request: web.Request) -> web.StreamResponse:
@@ -117,11 +117,11 @@ class EventPages:
 def _asked(request: web.Request) -> Asked:
     """What does not fit is as if it were not there: a link that somebody cut short still leads to the list."""
     query = {name: value.strip() for name, value in request.query.items()}
-    after, before = (query.get(name) if _is_id(query.get(name, "")) else None for name in ("after", "before"))
+    after, before = (query.get(name) if is_id(query.get(name, "")) else None for name in ("after", "before"))
     return Asked(
         type=query.get("type", ""),
         status=DISCARDED if query.get("status") == DISCARDED else "",
-        id=query.get("id", "") if _is_id(query.get("id", "")) else "",
+        id=query.get("id", "") if is_id(query.get("id", "")) else "",
         after=None if before else after,
         before=before,
     )

@@ -11,9 +11,10 @@ from urllib.parse import urlencode
 from aiohttp import web
 
 from dispatcher.model import DeliveryState, Result
-from dispatcher.web.answers import Wanted, check_query, moment
+from dispatcher.web.answers import Wanted, check_query, is_id, moment
+from dispatcher.web.asked import WEBHOOK
 from dispatcher.web.chronicle import DeliveryAnswer
-from dispatcher.web.dashboard.desk import WEBHOOK, Desk
+from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.editing import Errors, field_errors
 from dispatcher.web.dashboard.visits import session_of, visit_of
 from dispatcher.web.dashboard.webhook import subject_of
@@ -24,7 +25,6 @@ PAGE: Final = 30
 STATES: Final = [state for state in DeliveryState if state is not DeliveryState.IN_FLIGHT]
 
 _is_local: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d(\.\d+)?)?").fullmatch
-_is_cursor: Final = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 
 
 class LogPage:
@@ -48,7 +48,7 @@ class LogPage:
         if given != entered:
             raise web.HTTPSeeOther(f"{request.path}?{urlencode(given)}")
         if given.get("id", "").startswith("dlv_"):
-            raise web.HTTPSeeOther(f"/deliveries/{given['id']}") if _is_cursor(given["id"]) else _no_id()
+            raise web.HTTPSeeOther(f"/deliveries/{given['id']}") if is_id(given["id"]) else _no_id()
         filters = _only(given, *FILTERS)
         errors, rows, cursor = Errors(), list[DeliveryAnswer](), None
         try:
@@ -81,7 +81,7 @@ class LogPage:
         self, request: web.Request, filters: Mapping[str, str], given: Mapping[str, str]
     ) -> tuple[list[DeliveryAnswer], str | None]:
         after, before = given.get("after"), given.get("before")
-        if (after and before) or not all(_is_cursor(text) for text in (after, before) if text):
+        if (after and before) or not all(is_id(text) for text in (after, before) if text):
             after = before = None
         part = Wanted(PAGE, after, before, filters)
         return await self._deliveries.listed(session_of(request).owner, request.match_info["id"], part)

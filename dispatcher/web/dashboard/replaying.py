@@ -11,12 +11,13 @@ from aiohttp import web
 
 from dispatcher.store.replays import Selection
 from dispatcher.web.answers import check_query
+from dispatcher.web.asked import WEBHOOK
 from dispatcher.web.bodies import parse_body
-from dispatcher.web.dashboard.desk import WEBHOOK, Desk
+from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.editing import Errors, field_errors
 from dispatcher.web.dashboard.log import utc_of
-from dispatcher.web.dashboard.visits import read_form, utc_now, visit_of
-from dispatcher.web.dashboard.webhook import named, subject_of
+from dispatcher.web.dashboard.visits import named, read_form, utc_now, visit_of
+from dispatcher.web.dashboard.webhook import subject_of
 from dispatcher.web.problems import Problem, not_found
 from dispatcher.web.replays import CANCELLED, CHECKS, NewReplay, PreviewAnswer, Replays, shown
 

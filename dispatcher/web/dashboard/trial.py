@@ -12,15 +12,16 @@ from aiohttp import web
 from dispatcher.core.rendering import is_type
 from dispatcher.model import BodyStyle
 from dispatcher.web.answers import check_query
+from dispatcher.web.asked import WEBHOOK
 from dispatcher.web.bodies import parse_body
 from dispatcher.web.changes import Changes
 from dispatcher.web.dashboard.advice import explained
-from dispatcher.web.dashboard.desk import WEBHOOK, Desk
+from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.editing import Errors, field_errors
 from dispatcher.web.dashboard.payloads import Exhibit, exhibit
 from dispatcher.web.dashboard.rendering import pretty
-from dispatcher.web.dashboard.visits import read_form
-from dispatcher.web.dashboard.webhook import named, subject_of
+from dispatcher.web.dashboard.visits import named, read_form
+from dispatcher.web.dashboard.webhook import subject_of
 from dispatcher.web.problems import FieldError, Problem, invalid
 from dispatcher.web.trials import CHECKS, REFUSALS, NewTrial, TrialAnswer, Trials
 from dispatcher.web.webhooks import WebhookAnswer, WebhookPatch, merged

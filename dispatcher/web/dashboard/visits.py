@@ -67,6 +67,11 @@ def session_of(request: web.Request) -> Session:
     return session
 
 
+def named(request: web.Request) -> tuple[int, str]:
+    """The account that asks, and the webhook of the path."""
+    return session_of(request).owner.account_id, request.match_info["id"]
+
+
 class Door:
     """Lets visitors in: recognises sessions, checks forms, begins and ends sessions."""
 

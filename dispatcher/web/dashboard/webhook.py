@@ -12,16 +12,17 @@ from markupsafe import Markup
 from dispatcher.store.endpoints import EndpointRecord
 from dispatcher.store.overview import Held, WebhookState
 from dispatcher.web.answers import Wanted, check_query
+from dispatcher.web.asked import WEBHOOK
 from dispatcher.web.bodies import parse_body
 from dispatcher.web.changes import Changes
 from dispatcher.web.dashboard import charts
 from dispatcher.web.dashboard.advice import Trouble, trouble_of
-from dispatcher.web.dashboard.desk import WEBHOOK, Desk
+from dispatcher.web.dashboard.desk import Desk
 from dispatcher.web.dashboard.editing import Errors, field_errors, number
 from dispatcher.web.dashboard.live import Live
 from dispatcher.web.dashboard.overview import OUTCOMES
 from dispatcher.web.dashboard.shared import Shared
-from dispatcher.web.dashboard.visits import local_path, read_form, session_of, utc_now, visit_of
+from dispatcher.web.dashboard.visits import local_path, named, read_form, session_of, utc_now, visit_of
 from dispatcher.web.deliveries import Deliveries
 from dispatcher.web.problems import Problem, not_found
 from dispatcher.web.replays import shown as replay_shown
@@ -163,11 +164,6 @@ class WebhookPages:
             raise not_found("webhook")
         found = await self._desk.log.replays.browse(endpoint_id, limit=REPLAYS)
         return [replay_shown(record, webhook_id) for record in found]
-
-
-def named(request: web.Request) -> tuple[int, str]:
-    """The account that asks, and the webhook of the path."""
-    return session_of(request).owner.account_id, request.match_info["id"]
 
 
 async def subject_of(desk: Desk, request: web.Request) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -12,7 +11,7 @@ from aiohttp import web
 from markupsafe import Markup
 
 from dispatcher.store.overview import WEBHOOKS_MAX, Spark, WebhookState
-from dispatcher.web.answers import check_query
+from dispatcher.web.answers import check_query, is_id
 from dispatcher.web.dashboard import charts
 from dispatcher.web.dashboard.advice import trouble_of
 from dispatcher.web.dashboard.desk import Desk
@@ -28,8 +27,6 @@ STATUSES: Final = {"active": "Active", "paused": "Paused", "disabled": "Disabled
 HOUR: Final = timedelta(hours=1)
 BARS: Final = 24
 KEPT_S: Final = 5.0
-
-_is_id: Final = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 
 
 class WebhookList:
@@ -50,7 +47,7 @@ class WebhookList:
         account_id, query = session_of(request).owner.account_id, request.query
         status, text = query.get("status", ""), query.get("q", "").strip()
         after = query.get("after", "")
-        found, reached = await self._find(account_id, status, text, after if _is_id(after) else "")
+        found, reached = await self._find(account_id, status, text, after if is_id(after) else "")
         now = utc_now()
         return self._desk.templates.page(
             request,
