@@ -23,7 +23,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from enum import Enum
 from typing import Any, Final, Protocol
 
 from dispatcher.core.addresses import Guard, Target
@@ -33,11 +32,11 @@ from dispatcher.core.catalogue import OWN_TYPES
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.lanes import Lane, Lanes, Offer
 from dispatcher.core.outcome import RELEASED, Outcome, Verdict, judge
-from dispatcher.core.rendering import TEXT_BYTES_MAX, Payload
 from dispatcher.core.signing import Signer
 from dispatcher.core.traces import is_traceparent
 from dispatcher.core.window import Health
 from dispatcher.engine.connection import Released
+from dispatcher.engine.delivery import Delivery, Row, Subscriber
 from dispatcher.engine.journal import Journal
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.spans import Spans
@@ -51,7 +50,7 @@ from dispatcher.model import (
     EndpointStatus,
     Result,
 )
-from dispatcher.moments import BEGINNING_UNIX_S, SECOND_US, to_datetime, whole_second
+from dispatcher.moments import BEGINNING_UNIX_S, SECOND_US
 from dispatcher.store.shard import HELD_UNTIL
 from dispatcher.telemetry import Telemetry
 
@@ -61,8 +60,6 @@ LANE_DUE_MAX: Final = 128  # retries that come due behind so many others are hel
 # requests are made (10 endpoints, a drain: 33,000/s; all at once 29,000; 32 at a time 25,000).
 SENDS_PER_TURN: Final = 128
 RELEASE_DELAY_S: Final = 1.0  # our own fault (no file descriptors, …): soon, but not in a spin
-FIRST_KEY: Final = (-1, -1)
-LAST_KEY: Final = (1 << 63, 0)
 _DELIVERED: Final = DeliveryState.DELIVERED.value
 _RETRYING: Final = DeliveryState.RETRYING.value
 _EXHAUSTED: Final = DeliveryState.EXHAUSTED.value
@@ -75,136 +72,9 @@ _TO_RELEASE: Final = Verdict.RELEASE
 _TO_DELIVERED: Final = Verdict.DELIVERED
 _TO_DISABLE: Final = Verdict.DISABLE
 _TO_RETRY: Final = Verdict.RETRY
-
-
-class Row(Enum):
-    """Whether a delivery in memory has a pending row as well, and of which kind."""
-
-    NONE = "none"
-    DUE = "due"
-    HELD = "held"
-
-
 _NO_ROW: Final = Row.NONE
 _DUE: Final = Row.DUE
 _HELD: Final = Row.HELD
-
-
-def payload_of(event_id: str, type_: str, created_us: int | None, data: str | None) -> Payload:
-    """The payload of a row of the outbox, `created_us` a moment.
-
-    Raises Undeliverable for what the store could make nothing of, too.
-    """
-    if created_us is None:
-        raise Undeliverable("created_at is beyond the years 2 to 9998")
-    if data is None:
-        raise Undeliverable(f"data is over {TEXT_BYTES_MAX} bytes as written")
-    return Payload(event_id, type_, whole_second(created_us // SECOND_US), data)
-
-
-class Event:
-    """One event in memory: where it lies in the outbox, and its payload; None where nobody is going to send it now."""
-
-    __slots__ = ("payload", "seq", "traceparent", "written_us", "xid")
-
-    def __init__(
-        self, seq: int, xid: int, written_us: int, payload: Payload | None, traceparent: str | None = None
-    ) -> None:
-        self.seq = seq
-        self.xid = xid
-        self.written_us = written_us  # a moment
-        self.payload = payload
-        self.traceparent = traceparent  # what the application left there: 55 characters of its own choice
-
-    @property
-    def written_at(self) -> datetime:
-        """When its row was written."""
-        return to_datetime(self.written_us)
-
-
-class OpenPage:
-    """A page of the outbox with deliveries not resolved yet; the cursor may not pass it before `left` is zero."""
-
-    __slots__ = ("after", "data_bytes", "left", "read_at")
-
-    def __init__(self, after: Any, read_at: float, data_bytes: int = 0) -> None:
-        self.after = after  # the cursor once this page is resolved
-        self.left = 1  # one for the routing itself
-        self.read_at = read_at  # loop time
-        self.data_bytes = data_bytes  # of its events
-
-
-class Delivery:
-    """One event for one webhook, in memory."""
-
-    __slots__ = ("attempts", "era", "event", "generation", "other_secret", "page", "row", "sent_wall", "subscriber")
-
-    def __init__(
-        self,
-        event: Event,
-        subscriber: Subscriber,
-        page: OpenPage | None,
-        *,
-        generation: int = 0,
-        attempts: int = 0,
-        row: Row = Row.NONE,
-    ) -> None:
-        self.event = event
-        self.subscriber = subscriber
-        self.page = page
-        self.generation = generation
-        self.attempts = attempts  # made so far
-        self.row = row
-        self.era = 0  # the window's generation when the request began
-        self.other_secret = False  # the second try during a rotation's grace
-        self.sent_wall = 0.0
-
-    @property
-    def key(self) -> DeliveryKey:
-        """Its name in the database."""
-        return (self.subscriber.endpoint.id, self.event.seq, self.generation)
-
-    def __repr__(self) -> str:
-        return f"<Delivery {self.key} after {self.attempts} attempts, row {self.row.name}>"
-
-
-class Subscriber:
-    """A webhook in the engine: its settings, its lane and pool, how it signs, and where its backlog stands."""
-
-    __slots__ = (
-        "after", "answered_at", "backlog", "behind", "endpoint", "error", "head", "head_key", "held", "lane", "origin",
-        "parks", "resign_at", "returned", "signer", "unflushed",
-    )  # fmt: skip
-
-    def __init__(self, endpoint: Endpoint, lane: Lane[Delivery]) -> None:
-        self.endpoint = endpoint
-        self.lane = lane
-        self.origin: Any = None  # None: the guard refuses its URL
-        self.signer: Signer = Signer(None)
-        self.head = ""  # request line and the header fields that never change, in Latin-1
-        self.error: str | None = None
-        self.resign_at = math.inf  # Unix time at which the previous secret ceases to sign
-        self.held = False  # something may be held in the database
-        self.backlog = False  # and new deliveries go behind it
-        self.after: tuple[int, int] = FIRST_KEY  # (event sequence, generation) pulled so far
-        self.behind: tuple[int, int] = LAST_KEY  # what a pull under way brings from behind this is out of date
-        self.head_key: DeliveryKey | None = None  # ordered: the failed delivery the others wait for
-        self.parks = 0  # times something was parked, ever
-        self.unflushed = 0  # parked and not yet in the database
-        self.returned = 0  # ordered: how many of these must be there before a pull sees them in their order
-        self.answered_at = 0.0  # loop time of its last result
-
-    def await_order(self) -> None:
-        """Ordered: pull nothing before all that is parked by now is in the database. Something older is among it."""
-        self.returned = self.unflushed
-
-    def rewind(self, to: tuple[int, int] = FIRST_KEY) -> None:
-        """Pull again from behind `to`: something was put there."""
-        self.after = min(self.after, to)
-        self.behind = min(self.behind, to)
-
-    def __repr__(self) -> str:
-        return f"<Subscriber {self.endpoint.public_id} {self.lane}{', backlog' if self.backlog else ''}>"
 
 
 class Pools(Protocol):
@@ -703,7 +573,7 @@ class Deliverer:
                 self._put_back(subscriber, self.lanes.release(lane))
 
     def drain_estimate_s(self, lane: Lane[Delivery]) -> float:
-        """About how long a lane's queue takes. Who never answered may yet be fast, as long as that is a moment ago."""
+        """About how long a lane's queue takes. A webhook that never answered counts as fast while its oldest is young."""
         page = getattr(lane.todo[0], "page", None) if lane.todo else None
         return lane.drain_estimate_s() if page is None else lane.drain_estimate_s(self._loop.time() - page.read_at)
 

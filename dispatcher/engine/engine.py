@@ -31,7 +31,8 @@ from dispatcher.core.lanes import Lanes
 from dispatcher.core.routing import Registry
 from dispatcher.core.shards import shard_numbers, shard_of
 from dispatcher.engine.channels import FLEET, PENDING, hear
-from dispatcher.engine.deliverer import Deliverer, Delivery
+from dispatcher.engine.deliverer import Deliverer
+from dispatcher.engine.delivery import Delivery
 from dispatcher.engine.leases import Lease
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.outbox import PAGE_ROWS, SAFETY_S, OutboxReader

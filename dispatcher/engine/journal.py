@@ -17,16 +17,14 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from dispatcher.core.attempt import Attempt
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.traces import trace_id
+from dispatcher.engine.delivery import Delivery
 from dispatcher.logs import Wide
 from dispatcher.model import DeliveryState
-
-if TYPE_CHECKING:
-    from dispatcher.engine.deliverer import Delivery
 
 LINES_PER_S: Final = 250  # under 1 % of the loop, 0.1 MB
 LEVELS: Final = {

@@ -25,17 +25,15 @@ import dataclasses
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dispatcher.core.attempt import Attempt
+from dispatcher.engine.delivery import Delivery, OpenPage, Subscriber
 from dispatcher.model import DeliveryKey, DeliveryState, Endpoint
 from dispatcher.store.endpoints import EndpointHealth
 from dispatcher.store.outbox import Cursor
 from dispatcher.store.shard import HELD_UNTIL, Batch, ShardStore
 from dispatcher.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from dispatcher.engine.deliverer import Delivery, OpenPage, Subscriber
 
 BATCH_ROWS_MAX: Final = 1000  # 2 µs a row in PostgreSQL: 2-3 ms, short beside the fsync it shares
 DELAY_S: Final = 0.050  # what a row may wait for company: at 200 rows/s ten share a flush and its fsync
@@ -331,7 +329,7 @@ class Ledger:
         self._written = batch.cursor or self._written
         for subscriber, parked in opened.parked.items():
             subscriber.unflushed -= parked.rows
-            subscriber.returned = max(0, subscriber.returned - parked.rows)
+            subscriber.awaited = max(0, subscriber.awaited - parked.rows)
             seq, generation = parked.oldest
             subscriber.rewind((seq, generation - 1))
         due = [(key, row[7]) for key, row in opened.pending.items() if row[7] is not HELD_UNTIL]

@@ -42,7 +42,8 @@ from typing import Any, Final
 
 from dispatcher.core.routing import Registry
 from dispatcher.engine.channels import REGISTRY
-from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Subscriber, payload_of
+from dispatcher.engine.deliverer import Deliverer
+from dispatcher.engine.delivery import Delivery, Event, OpenPage, Subscriber, payload_of
 from dispatcher.engine.ledger import Ledger
 from dispatcher.errors import Undeliverable
 from dispatcher.model import Endpoint

@@ -43,7 +43,8 @@ from dispatcher.core.lanes import LATENCY_START_S
 from dispatcher.core.routing import Registry
 from dispatcher.core.wheel import TICK_S, Wheel, due_tick, elapsed_tick
 from dispatcher.core.window import Health
-from dispatcher.engine.deliverer import FIRST_KEY, LAST_KEY, Deliverer, Delivery, Event, Row, Subscriber, payload_of
+from dispatcher.engine.deliverer import Deliverer
+from dispatcher.engine.delivery import FIRST_KEY, LAST_KEY, Delivery, Event, Row, Subscriber, payload_of
 from dispatcher.engine.ledger import Committed, Ledger
 from dispatcher.errors import Undeliverable
 from dispatcher.model import DeliveryKey, DeliveryState, EndpointId, EndpointStatus
@@ -330,7 +331,7 @@ class Retries:
             return 0
         if subscriber.head_key is not None:
             return 0
-        if subscriber.endpoint.ordered and (subscriber.returned or self._recovering()):
+        if subscriber.endpoint.ordered and (subscriber.awaited or self._recovering()):
             return 0
         if window.health is Health.DEAD:
             return PROBE_ROWS if self._loop.time() >= window.dead_until else 0

@@ -9,17 +9,15 @@ OTEL_RESOURCE_ATTRIBUTES, …); URLs are not exported, since they may hold secre
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dispatcher import __version__
 from dispatcher.core.attempt import Attempt
 from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.traces import is_traceparent
+from dispatcher.engine.delivery import Delivery
 from dispatcher.errors import ConfigurationError
 from dispatcher.model import Result
-
-if TYPE_CHECKING:
-    from dispatcher.engine.deliverer import Delivery
 
 EXPORT_TIMEOUT_S: Final = 5.0
 CLOSE_S: Final = 5.0  # what a shutdown waits for the last spans

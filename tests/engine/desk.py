@@ -22,7 +22,8 @@ from dispatcher.core.lanes import Lanes
 from dispatcher.core.rendering import Payload
 from dispatcher.core.routing import Registry
 from dispatcher.engine.connection import Released
-from dispatcher.engine.deliverer import Deliverer, Delivery, Event, OpenPage, Row
+from dispatcher.engine.deliverer import Deliverer
+from dispatcher.engine.delivery import Delivery, Event, OpenPage, Row
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.retries import Retries
 from dispatcher.model import AccountId, DeliveryKey, Endpoint, EndpointId, EndpointStatus, Result

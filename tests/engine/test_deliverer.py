@@ -10,7 +10,8 @@ import pytest
 from desk import Desk, endpoint
 
 from dispatcher.core.window import Health
-from dispatcher.engine.deliverer import LANE_DUE_MAX, SENDS_PER_TURN, Row
+from dispatcher.engine.deliverer import LANE_DUE_MAX, SENDS_PER_TURN
+from dispatcher.engine.delivery import Row
 from dispatcher.model import EndpointStatus
 from dispatcher.store.shard import HELD_UNTIL
 

@@ -26,7 +26,8 @@ from dispatcher.core.ids import DeliveryIds
 from dispatcher.core.lanes import Lanes
 from dispatcher.core.rendering import Payload
 from dispatcher.engine import dialer
-from dispatcher.engine.deliverer import Deliverer, Delivery, Event
+from dispatcher.engine.deliverer import Deliverer
+from dispatcher.engine.delivery import Delivery, Event
 from dispatcher.engine.ledger import Ledger
 from dispatcher.engine.transport import Transport, TransportSettings
 from dispatcher.model import Endpoint, Result
