@@ -573,7 +573,7 @@ class Deliverer:
                 self._put_back(subscriber, self.lanes.release(lane))
 
     def drain_estimate_s(self, lane: Lane[Delivery]) -> float:
-        """About how long a lane's queue takes. A webhook that never answered counts as fast while its oldest is young."""
+        """About how long a lane's queue takes. Who never answered counts as fast while its oldest is young."""
         page = getattr(lane.todo[0], "page", None) if lane.todo else None
         return lane.drain_estimate_s() if page is None else lane.drain_estimate_s(self._loop.time() - page.read_at)
 
