@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -45,6 +46,7 @@ _END: Final = b"\r\n\r\n"
 _BY_CLASS: Final = {2: Result.OK, 3: Result.REDIRECT, 4: Result.CLIENT_ERROR, 5: Result.SERVER_ERROR}
 _RESULTS: Final = tuple(_BY_CLASS.get(status // 100, Result.PROTOCOL) for status in range(1000))
 _OK: Final = Result.OK
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: |\r|$)").match
 _write_now: Final = os.write
 
 
@@ -191,6 +193,8 @@ class Connection:
                 self._write(data[sent:])
         else:
             self._write(data)
+        if not self._reused and self.deadline < now + self._origin.keepalive_s:
+            self._reused = True  # nobody has used it yet, but it has been idle since an earlier turn
         self._request = request
         self._sent_at = now
         self.deadline = request.deadline
@@ -257,7 +261,7 @@ class Connection:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._surplus = True
             if not self._complete:
-                self._note_status()
+                self._note_status(is_sound=False)
                 self._break(request, Result.PROTOCOL, f"not HTTP/1.1: {error}")
                 return
         if self._complete:
@@ -369,12 +373,12 @@ class Connection:
             result, status, None, retry_after, head, self._body, self._sent_at, now - request.submitted_at
         )
         self._request = None
-        if self._keep_alive and not self._surplus and not self._paused:
+        if self._keep_alive and not self._surplus and not self._paused and self.is_open:
             self._learn_answer(raw, end, attempt)
             self._reused = True
             self._raw = self._body = b""  # as in _reset; what stays is as it was
             self._received = self._interims = self._status = 0
-            self._complete = False
+            self._complete = self._keep_alive = False
             if origin.waiting or origin.closed:
                 origin.take_back(self, now)
             else:
@@ -420,11 +424,17 @@ class Connection:
         elif self._received > settings.response_bytes_max:
             self._finish(request)  # the status stands; the rest is cut off with the connection
 
-    def _note_status(self) -> None:
-        """Take the status as soon as the final head is complete, and then no more of the wire than that head."""
+    def _note_status(self, *, is_sound: bool = True) -> None:
+        """Take the status as soon as the final head is complete, and then no more of the wire than that head.
+
+        A parser that failed may still have the status of the response before.
+        """
         if not self._status:
             head, end, _ = self._after_interims().partition(_END)
-            if end and (status := self._parser.get_status_code()) >= 200:  # type: ignore[union-attr]
+            if not end:
+                return
+            status = self._parser.get_status_code() if is_sound else _status_of(head)  # type: ignore[union-attr]
+            if status >= 200:
                 self._status = status
                 self._raw = head + end
                 self._interims = 0
@@ -485,6 +495,12 @@ def _is_framed(head: bytes) -> bool:
     if coding is not None:
         return coding.lower().endswith(b"chunked")
     return _field(head, b"content-length") is not None
+
+
+def _status_of(head: bytes) -> int:
+    """What a head's first line says, if that is the line of a response; else 0."""
+    found = _STATUS_LINE(head)
+    return int(found[1]) if found else 0
 
 
 def _field(head: bytes, name: bytes) -> bytes | None:

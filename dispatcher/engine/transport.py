@@ -148,8 +148,9 @@ class Origin:
 
     def take_back(self, connection: Connection, now: float) -> None:
         """`connection` is free again, and fit for another request."""
-        if self.waiting and not self.waiting[0].resent:
-            self._serve(connection)
+        fresh = next((n for n, request in enumerate(self.waiting) if not request.resent), None)
+        if fresh is not None:  # what is sent once more goes over a new one
+            self._serve(connection, fresh)
         elif self.closed:
             connection.retire()
         else:
@@ -207,10 +208,10 @@ class Origin:
         while self.waiting:
             self.settle(self.waiting.popleft(), Released(reason))
 
-    def _serve(self, connection: Connection) -> None:
-        """Give the oldest request to `connection`. It leaves the queue last, so that no error can lose it."""
-        connection.send(self.waiting[0], self.time())
-        self.waiting.popleft()
+    def _serve(self, connection: Connection, place: int = 0) -> None:
+        """Give a request, the oldest, to `connection`. It leaves the queue last, so that no error can lose it."""
+        connection.send(self.waiting[place], self.time())
+        del self.waiting[place]
 
     def _wait(self, request: Request) -> None:
         if self.closed:

@@ -368,6 +368,39 @@ def test_a_freed_connection_serves_a_waiting_request_but_not_one_that_needs_a_fr
     assert [request.token for request in wire.origin.waiting] == ["waits"]
 
 
+def test_who_waits_behind_what_is_sent_once_more_gets_the_connection_that_comes_free() -> None:
+    wire = answer(OK)
+    other = wire.open(wire.origin, StillPipe())
+    wire.submit("on the other")
+    wire.submit("stale")
+    wire.lose()
+    wire.submit("waits")
+    assert [request.token for request in wire.origin.waiting] == ["stale", "waits"]
+    other.data_received(OK)
+    assert other.is_active
+    assert [request.token for request in wire.origin.waiting] == ["stale"]
+
+
+def test_a_connection_that_ended_with_its_answer_is_not_given_to_who_waits() -> None:
+    wire = answer(OK)
+    wire.submit("ends")
+    wire.submit("waits")
+    wire.feed(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nbye")
+    wire.end()
+    assert [(token, attempt.result, attempt.body) for token, attempt in wire.came[1:]] == [("ends", Result.OK, b"bye")]
+    assert [request.token for request in wire.origin.waiting] == ["waits"]
+    assert wire.origin.idle == []
+
+
+def test_a_connection_nobody_has_used_yet_may_have_been_closed_while_it_was_idle() -> None:
+    wire = Wire()
+    wire.loop.advance(1.0)
+    wire.submit("first")
+    wire.lose()
+    assert wire.came == []
+    assert [request.token for request in wire.origin.waiting] == ["first"]
+
+
 def test_a_write_to_a_connection_already_gone_dials_instead() -> None:
     wire = answer(OK)
 

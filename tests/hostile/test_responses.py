@@ -19,9 +19,13 @@ READ_BYTES_MAX = 70_000  # of one response: the bound, and the read that crosses
 SINGLY_BYTES_MAX = 3000  # longer ones are not split into single bytes
 
 
-def told(lie: Lie, *, singly: bool) -> Wire:
-    """What a request comes to whose peer tells this."""
+def told(lie: Lie, *, singly: bool, behind: bytes = b"") -> Wire:
+    """What a request comes to whose peer tells this, on a connection that had an answer before if one is given."""
     wire = Wire()
+    if behind:
+        wire.submit()
+        wire.feed(behind)
+        wire.came.clear()
     wire.submit(timeout_s=5.0)
     for said in lie.says:
         wire.feed(*(said[at : at + 1] for at in range(len(said))) if singly else (said,))
@@ -47,6 +51,18 @@ def test_a_hostile_response_is_an_attempt_with_the_right_result(lie: Lie) -> Non
         assert lie.body is None or attempt.body == lie.body
         assert len(attempt.head) <= 4096
         assert len(attempt.body) <= BOUNDS.body_kept_bytes
+
+
+@pytest.mark.parametrize("behind", [OK, b"HTTP/1.1 200 OK\r\nX-Request-Id: 1\r\nContent-Length: 2\r\n\r\nok"])
+@pytest.mark.parametrize("lie", [lie for lie in LIES if any(lie.says) or lie.endless], ids=str)
+def test_it_is_the_same_on_a_connection_that_had_an_answer_before(lie: Lie, behind: bytes) -> None:
+    fresh, used = told(lie, singly=False), told(lie, singly=False, behind=behind)
+    seen = [
+        (a.result, a.status, a.error, a.head, a.body, wire.origin.idle == [], wire.pipe.is_closing())
+        for wire in (fresh, used)
+        for a in [wire.attempt]
+    ]
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("lie", [lie for lie in LIES if lie.result not in COMPLETE], ids=str)
