@@ -53,7 +53,10 @@ from dispatcher.store.outbox import Cursor, OutboxPages, Page, Snapshot
 from dispatcher.telemetry import Telemetry
 
 PAGE_ROWS: Final = 500  # 5 ms of routing at a fan-out of one: what a first attempt may wait behind
+FIRST_ROWS: Final = 16  # of a session: nobody knows yet how large they are, and 500 may be a gigabyte
+GROWTH: Final = 4  # times the page before, at most
 SLICES: Final = 10  # of a page: between two of them the loop has a turn, so that answers do not wait for all of it
+SLICE_BYTES: Final = 256 << 10  # of data: what has to be rendered exactly takes half a microsecond for each
 PAGE_BYTES: Final = 8 << 20  # of data: where events are large, pages are shorter
 OPEN_PAGES_MAX: Final = 20_000  # 8 MB; what is held back is spilled after 10 s, and 500 pages a second are read
 OPEN_BYTES_MAX: Final = 256 << 20  # of data in pages not resolved
@@ -151,12 +154,14 @@ class OutboxReader:
         pages = OutboxPages(self._connection, floor)
         await pages.prepare()
         cursor = start
-        rows_max = self._page_rows
+        rows_max = min(FIRST_ROWS, self._page_rows)
         began_here = False  # the difference being read: it shows whatever an owner before us may have seen
         ahead: asyncio.Task[Page] | None = None  # the next page, read while this one is routed
         try:
             while not self.stopping:
                 await self._room()
+                if self.registry_changed and cursor.cur is not None:  # a further page does not say so by itself
+                    await self.reload()
                 began_here = began_here or cursor.cur is None
                 page = await (ahead or self._read(pages, cursor, rows_max))
                 ahead = None
@@ -172,11 +177,11 @@ class OutboxReader:
                 if not page.complete and not is_doubtful:
                     ahead = self._loop.create_task(self._read(pages, page.after, rows_max))
                 if rows:
-                    slice_rows = rows if is_doubtful else 1 + rows_max // SLICES
-                    deliveries = await self._route(page, data_bytes, slice_rows)
+                    by_time = SLICE_BYTES * rows // (data_bytes + 1)
+                    deliveries = await self._route(page, data_bytes, max(1, min(1 + rows_max // SLICES, by_time)))
                     # A page is what its deliveries cost: the loop's time and the lanes' room go by these, not events.
                     by_fan_out = self._page_rows * rows // max(rows, deliveries)
-                    rows_max = max(1, min(self._page_rows, by_fan_out, by_bytes))
+                    rows_max = max(1, min(self._page_rows, GROWTH * rows_max, by_fan_out, by_bytes))
                 elif not self._open:
                     self._advance(page.after)
                 cursor = page.after

@@ -427,7 +427,7 @@ async def test_deleted_webhook_takes_what_waits_with_it_and_what_is_in_flight_fi
 
     house.receiver.answer = slowly
     await house.emit(1, 300)
-    await until(lambda: house.receiver.open == 2)
+    await until(lambda: house.receiver.open == 2 and running.engine.deliverer.taken == 300)
     await house.app.execute("DELETE FROM dispatcher.endpoint WHERE public_id = $1", webhook.id)
     await until(lambda: not running.engine.deliverer.subscribers)
     running.check()

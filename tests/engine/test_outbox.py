@@ -483,20 +483,28 @@ AHEAD = ["reads", "routes", "reads", "routed", "routes", "reads", "routed", "rou
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
-    ("newest_known", "data", "expected", "limits"),
+    ("newest_known", "data", "expected", "limits", "slices"),
     [
-        (None, SMALL, ALONE, [500, 500, 500]),
-        (4, SMALL, ALONE, [500, 500, 500]),
-        (-1, SMALL, AHEAD, [500, 500, 500]),
-        (-1, LARGE, AHEAD, [500, 1, 1]),
+        (None, SMALL, ALONE, [16, 64, 256], [2, 7, 26]),
+        (4, SMALL, ALONE, [16, 64, 256], [2, 7, 26]),
+        (-1, SMALL, AHEAD, [16, 16, 64], [2, 7, 26]),
+        (-1, LARGE, AHEAD, [16, 1, 1], [1, 1, 1]),
+        (None, LARGE, ALONE, [16, 1, 1], [1, 1, 1]),
     ],
-    ids=["first", "doubtful", "new", "large"],
+    ids=["first", "doubtful", "new", "large", "first and large"],
 )
 async def test_the_next_page_is_read_while_one_is_routed_unless_the_database_is_asked_about_it(
-    newest_known: int | None, data: str, expected: list[str], limits: list[int], monkeypatch: pytest.MonkeyPatch
+    *,
+    newest_known: int | None,
+    data: str,
+    expected: list[str],
+    limits: list[int],
+    slices: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
     asked: list[int] = []
+    cut: list[int] = []
     pages = iter([_page(range(start, start + 4), complete=start == 8, data=data) for start in (0, 4, 8)])
 
     class Pages:
@@ -507,8 +515,9 @@ async def test_the_next_page_is_read_while_one_is_routed_unless_the_database_is_
             asked.append(limit)
             return next(pages)
 
-    async def route(page: Page, *_: int) -> int:
+    async def route(page: Page, _: int, slice_rows: int) -> int:
         said.append("routes")
+        cut.append(slice_rows)
         await asyncio.sleep(0)
         said.append("routed")
         return len(page.rows)
@@ -527,7 +536,8 @@ async def test_the_next_page_is_read_while_one_is_routed_unless_the_database_is_
         setattr(reader, name, instead)
     await reader.run(Cursor((1, 1, ()), BEGINNING))
     assert said == expected
-    assert asked == limits, "the next page is no larger in bytes than one may be"
+    assert asked == limits, "a page is no larger in bytes than one may be, as far as those before it tell"
+    assert cut == slices, "no turn of the loop is longer than a slice, whatever has to be asked about a page"
 
 
 @pytest.mark.interpreted
@@ -567,3 +577,33 @@ async def test_between_two_slices_of_a_page_the_loop_has_a_turn() -> None:
     assert [seq for seq, _ in offered] == list(range(10))
     assert len({turn for _, turn in offered}) == 3
     assert reader._open[0].left == 10
+
+
+@pytest.mark.interpreted
+async def test_a_pause_is_heeded_in_the_middle_of_a_long_difference(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first page of a difference shows the registry's version."""
+    webhook = await house.webhook()
+    running = await house.start()
+    await house.emit(1)
+    await until(lambda: house.settled(1))
+    reader, read, paused = running.engine._reader, OutboxPages.read, []
+    assert reader is not None
+
+    async def watched(self: OutboxPages, cursor: Cursor, limit: int) -> Page:
+        page = await read(self, cursor, 1)
+        if not page.complete:
+            lane = next(iter(running.engine.deliverer.subscribers.values())).lane
+            if not paused:
+                await house.change(webhook, status="paused")
+                await until(lambda: reader.registry_changed)
+            paused.append(lane.paused)
+        return page
+
+    monkeypatch.setattr(OutboxPages, "read", watched)
+    async with house.app.transaction():
+        await house.emit(2, 20)
+    await until(lambda: len(paused) >= 10)
+    assert paused[0] is False
+    assert all(paused[3:]), "the page being read, and the one read ahead of it"
