@@ -80,7 +80,7 @@ _HELD: Final = Row.HELD
 class Pools(Protocol):
     """What is asked of the transport; of a pool, no more than `submit` and the ways to end it."""
 
-    def origin(self, target: Target) -> Any: ...  # noqa: D102
+    def origin(self, target: Target, may_send: Callable[[], bool]) -> Any: ...  # noqa: D102
     async def close_origins(self, origins: set[Any]) -> None: ...  # noqa: D102
 
 
@@ -194,7 +194,7 @@ class Deliverer:
                 subscriber.origin = None
             return
         if subscriber.origin is None:
-            subscriber.origin = self._transport.origin(target)
+            subscriber.origin = self._transport.origin(target, self._may_send)
         own = "".join(f"{name}: {value}\r\n" for name, value in endpoint.headers)
         subscriber.head = (
             f"POST {target.path} HTTP/1.1\r\nHost: {target.host_header}\r\nContent-Type: application/json\r\n"
@@ -377,6 +377,9 @@ class Deliverer:
         """The lease is ours until then, loop time."""
         self.valid_until = valid_until
         self.pump()
+
+    def _may_send(self) -> bool:
+        return self._loop.time() <= self.valid_until
 
     def _go_on(self) -> None:
         self._goes_on = False

@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import heapq
 import logging
-from collections.abc import Set
+from collections.abc import Callable, Set
 from operator import attrgetter
 from typing import Any, Final
 
@@ -71,6 +71,10 @@ class TransportSettings:
     source_address: str | None = None  # local address to connect from
 
 
+def _always() -> bool:
+    return True
+
+
 class Dial:
     """A connection in the making, for one origin."""
 
@@ -101,12 +105,13 @@ class Origin:
     """
 
     __slots__ = (
-        "client", "closed", "dials", "idle", "keepalive_s", "known_answer", "queued", "surprises", "target", "time",
-        "waiting",
+        "client", "closed", "dials", "idle", "keepalive_s", "known_answer", "may_send", "queued", "surprises", "target",
+        "time", "waiting",
     )  # fmt: skip
 
-    def __init__(self, client: Transport, target: Target) -> None:
+    def __init__(self, client: Transport, target: Target, may_send: Callable[[], bool]) -> None:
         self.client = client
+        self.may_send = may_send
         self.time = client.time
         self.keepalive_s = client.settings.keepalive_s
         self.target = target
@@ -148,6 +153,7 @@ class Origin:
 
     def take_back(self, connection: Connection, now: float) -> None:
         """`connection` is free again, and fit for another request."""
+        self._check_waiting()
         fresh = next((n for n, request in enumerate(self.waiting) if not request.resent), None)
         if fresh is not None:  # what is sent once more goes over a new one
             self._serve(connection, fresh)
@@ -182,6 +188,7 @@ class Origin:
 
     def welcome(self, connection: Connection) -> None:
         """A dial made `connection`."""
+        self._check_waiting()
         if not connection.is_open:
             self.disappoint(DialFailed(Result.CONNECT, "connection closed before the request was sent"))
         elif self.waiting:
@@ -207,6 +214,11 @@ class Origin:
         """Give up the requests that wait, for a reason of ours."""
         while self.waiting:
             self.settle(self.waiting.popleft(), Released(reason))
+
+    def _check_waiting(self) -> None:
+        """What waited for so long that it is not ours to send any more is given up."""
+        if self.waiting and not self.may_send():
+            self.release_waiting("the lease may be another's by now")
 
     def _serve(self, connection: Connection, place: int = 0) -> None:
         """Give a request, the oldest, to `connection`. It leaves the queue last, so that no error can lose it."""
@@ -262,9 +274,12 @@ class Transport:
         counts = ", ".join(f"{count} {state}" for state, count in self.count_connections().items())
         return f"<Transport {len(self.origins)} origins, {counts}{', closed' if self._closed else ''}>"
 
-    def origin(self, target: Target) -> Origin:
-        """Return a new pool for one endpoint. Connections are never shared between endpoints."""
-        origin = Origin(self, target)
+    def origin(self, target: Target, may_send: Callable[[], bool] = _always) -> Origin:
+        """Return a new pool for one endpoint. Connections are never shared between endpoints.
+
+        `may_send` is asked again about what had to wait for a connection.
+        """
+        origin = Origin(self, target, may_send)
         origin.closed = self._closed
         if not self._closed:
             self.origins[origin] = None

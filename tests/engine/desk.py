@@ -170,7 +170,7 @@ class Desk:
         self.deliverer = Deliverer(
             lanes=self.lanes,
             ledger=self.ledger,
-            transport=SimpleNamespace(origin=lambda target: self),  # type: ignore[arg-type]
+            transport=SimpleNamespace(origin=lambda target, may_send: self),  # type: ignore[arg-type]
             guard=Guard(["127.0.0.0/8"], allow_http=True),
             telemetry=self.telemetry,
             ids=DeliveryIds(b"1" * 16),

@@ -401,6 +401,23 @@ def test_a_connection_nobody_has_used_yet_may_have_been_closed_while_it_was_idle
     assert [request.token for request in wire.origin.waiting] == ["first"]
 
 
+@pytest.mark.parametrize("comes", ["dialled", "free"])
+def test_what_waited_until_it_was_not_ours_to_send_is_given_up(comes: str) -> None:
+    wire = answer(OK)
+    wire.submit("on its way")
+    wire.submit("waits")
+    wire.origin.may_send = lambda: False
+    if comes == "free":
+        wire.feed(OK)
+    else:
+        other = wire.open(wire.origin, StillPipe())
+        assert not other.is_active
+    wire.loop.turn()
+    token, released = wire.came[-1]
+    assert (token, type(released), released.sent_at) == ("waits", Released, 0.0)
+    assert not wire.origin.waiting
+
+
 def test_a_write_to_a_connection_already_gone_dials_instead() -> None:
     wire = answer(OK)
 
