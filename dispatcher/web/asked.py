@@ -1,14 +1,17 @@
-"""What several calls ask for in the same way: moments in time, and bodies that may be left out."""
+"""What several calls ask for in the same way: moments in time, bodies that may be left out, and data to be sent."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Final, TypeVar
 
 import msgspec
 from aiohttp import web
 
+from dispatcher.errors import Undeliverable
 from dispatcher.web.answers import ID_FORM, no_query
 from dispatcher.web.bodies import Check, read_body
 from dispatcher.web.problems import FieldError, invalid
@@ -18,7 +21,12 @@ WEBHOOK: Final = f"/webhooks/{ID}"
 
 A_MOMENT: Final = 'a time with its zone, like "2025-01-15T10:30:00Z"'
 
+BESIDE_BYTES: Final = 16 << 10  # what has to be rendered exactly takes half a microsecond for each
+
 T = TypeVar("T", bound=msgspec.Struct)
+U = TypeVar("U")
+
+_beside = ThreadPoolExecutor(1, thread_name_prefix="render")
 
 
 def read_moment(text: str) -> datetime | None:
@@ -28,6 +36,19 @@ def read_moment(text: str) -> datetime | None:
         return at.astimezone(UTC) if at.tzinfo is not None and 1970 <= at.year < 9998 else None
     except (msgspec.ValidationError, OverflowError):
         return None
+
+
+async def rendered(act: Callable[[str, bytes], U], kind: str, data: bytes) -> U:
+    """What `act` makes of an event. Raises Problem for data that no webhook could be sent.
+
+    What is large goes to a thread, one at a time: the loop delivers meanwhile.
+    """
+    try:
+        if len(data) <= BESIDE_BYTES:
+            return act(kind, data)
+        return await asyncio.get_running_loop().run_in_executor(_beside, act, kind, data)
+    except Undeliverable as reason:
+        raise invalid([FieldError("data", str(reason))]) from None
 
 
 def moments(filters: Mapping[str, str], *names: str) -> dict[str, datetime | None]:

@@ -16,10 +16,9 @@ from aiohttp import web
 from dispatcher.core.catalogue import EventType
 from dispatcher.core.rendering import TYPE_BYTES_MAX, check_data, is_type
 from dispatcher.core.traces import is_traceparent
-from dispatcher.errors import Undeliverable
 from dispatcher.store.events import EventRecord, IdempotencyConflict
 from dispatcher.web.answers import answer, moment, no_query, page, wanted
-from dispatcher.web.asked import ID
+from dispatcher.web.asked import ID, rendered
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import expecting, read_body
 from dispatcher.web.openapi import PAGE, Answer, PageOf, Parameter, operation
@@ -98,10 +97,7 @@ class Events:
         key = _idempotency_key(request)
         body = await read_body(request, NewEvent, {"type": _check_type})
         data = bytes(body.data)
-        try:
-            check_data(body.type, data)
-        except Undeliverable as reason:
-            raise invalid([FieldError("data", str(reason))]) from None
+        await rendered(check_data, body.type, data)
         try:
             event, is_new = await self._web.events.emit(
                 caller(request).account, body.type, data.decode(), key, traceparent=_traceparent(request)

@@ -24,10 +24,9 @@ from msgspec import UNSET, UnsetType
 
 from dispatcher.core.rendering import Payload, check_data, is_type
 from dispatcher.core.routing import Registry
-from dispatcher.errors import Undeliverable
 from dispatcher.model import BodyStyle, Endpoint, EndpointStatus, new_id
 from dispatcher.web.answers import answer, no_query
-from dispatcher.web.asked import WEBHOOK, read_optional_body
+from dispatcher.web.asked import WEBHOOK, read_optional_body, rendered
 from dispatcher.web.auth import caller
 from dispatcher.web.bodies import Check, expecting
 from dispatcher.web.chronicle import as_object, headers_of, readable
@@ -111,7 +110,7 @@ class Trials:
             raise not_found("webhook")
         if not is_rotating(endpoint):
             endpoint = dataclasses.replace(endpoint, previous_secret=None)
-        payload = self._payload(endpoint, body)
+        payload = await self._payload(endpoint, body)
         if self._under_way >= TRIALS_MAX:
             wait = {"Retry-After": str(RETRY_AFTER_S)}
             raise Problem(429, "too_many_tests", "Too many tests are under way. Try again shortly.", headers=wait)
@@ -122,7 +121,7 @@ class Trials:
             self._under_way -= 1
         return _shown(endpoint, payload, tries)
 
-    def _payload(self, endpoint: Endpoint, body: NewTrial) -> Payload:
+    async def _payload(self, endpoint: Endpoint, body: NewTrial) -> Payload:
         """The event to send. Raises Problem for what no webhook could be sent."""
         kind = body.type if isinstance(body.type, str) else self.usual_type(endpoint)
         known = self._web.catalogue.get(kind)
@@ -134,11 +133,9 @@ class Trials:
             raise invalid(
                 [FieldError("type", "is not in the catalogue, so there is no sample of it: give data as well")]
             )
-        try:
-            check_data(kind, data)
-        except Undeliverable as reason:
-            raise invalid([FieldError("data", str(reason))]) from None
-        return Payload(new_id("evt_", time.time(), secrets.token_bytes(10)), kind, datetime.now(UTC), data)
+        await rendered(check_data, kind, data)
+        id_, at = new_id("evt_", time.time(), secrets.token_bytes(10)), datetime.now(UTC)
+        return await rendered(lambda kind, data: Payload(id_, kind, at, data), kind, data)
 
     def usual_type(self, endpoint: Endpoint) -> str:
         """The first type of the catalogue that this webhook asks for; of those it does not, the first."""

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import io
 import json
+import threading
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from dispatcher.config import Log as LogSettings
 from dispatcher.core.addresses import Guard
+from dispatcher.core.rendering import check_data
 from dispatcher.logs import start_logging
 from dispatcher.store.endpoints import EndpointHealth
 from dispatcher.web import bodies, changes
@@ -478,6 +480,28 @@ async def test_the_deepest_data_that_can_be_sent_is_accepted(api: Api) -> None:
 async def test_an_idempotency_key_has_bounds(api: Api, key: str) -> None:
     answer = await api("POST", "/v1/events", {"type": "a.b", "data": {}}, headers={"Idempotency-Key": key})
     check_problem(answer, 422, "invalid_request", ["Idempotency-Key"])
+
+
+async def test_while_a_large_event_is_rendered_others_are_answered(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(kind: str, data: bytes) -> None:
+        begun.set()
+        assert go_on.wait(10), "nobody else was answered"
+        check_data(kind, data)
+
+    monkeypatch.setattr("dispatcher.web.events.check_data", slow)
+    large = [
+        asyncio.create_task(api("POST", "/v1/events", {"type": "email.sent", "data": {"x": "y" * size}}))
+        for size in (20_000, 300_000)
+    ]
+    while not begun.is_set():
+        await asyncio.sleep(0.01)
+    assert (await api("GET", "/v1/event-types")).status == 200
+    go_on.set()
+    taken, refused = await asyncio.gather(*large)
+    assert taken.status == 201
+    check_problem(refused, 422, "invalid_request", ["data"])
 
 
 async def test_events_are_listed_by_type_newest_first(api: Api) -> None:
