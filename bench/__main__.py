@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import asyncpg
 from rich.console import Console
 
 from bench.lab import Lab
@@ -25,6 +28,17 @@ CEILING_S: Final = 1.0
 TICK_S: Final = 0.2
 SMOKE_TICK_S: Final = 0.05
 PAGE_COLUMNS: Final = 160  # of the tables when they go into a file
+NO_RUN: Final = (
+    Broken,
+    DispatcherError,
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    subprocess.CalledProcessError,
+)
+"""What keeps a run from being one: the apparatus, the server or the machine did not do their part."""
+
 LEFT_OUT_OF_ALL: Final = ("peers",)  # needs other people's packages
 
 
@@ -32,10 +46,11 @@ def parser(scenarios: dict[str, Scenario]) -> argparse.ArgumentParser:
     """The command line: what is common, and each scenario's sizes."""
     common = argparse.ArgumentParser(add_help=False)
     where = common.add_argument_group("where")
-    where.add_argument(
+    server = where.add_mutually_exclusive_group()
+    server.add_argument(
         "--dsn", default="", help="a PostgreSQL to use: postgresql://user@host/db; may create databases there"
     )
-    where.add_argument(
+    server.add_argument(
         "--postgres-bin", type=Path, help="bin directory of the PostgreSQL to start; else the embedded one"
     )
     where.add_argument("--directory", type=Path, help="where its data goes for the time being: a real disk [/var/tmp]")
@@ -55,9 +70,8 @@ def parser(scenarios: dict[str, Scenario]) -> argparse.ArgumentParser:
             scenario.name, parents=[common], help=scenario.question, description=scenario.question
         )
         for option in scenario.options:
-            kind = type(option.default)
             one.add_argument(
-                f"--{option.name}", type=kind, default=option.default, help=f"{option.help} [{option.default}]"
+                f"--{option.name}", type=option.read, default=option.default, help=f"{option.help} [{option.default}]"
             )
     commands.add_parser("all", parents=[common], help="every scenario but peers, at its full size")
     smoke = commands.add_parser(
@@ -85,13 +99,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plans = [(s, _sizes(s, options, smoke=smoke)) for s in chosen]
     start_logging(Log(level="warning"))  # migrations and the embedded server are no news here
     try:
-        reports = asyncio.run(_run(plans, options, smoke=smoke))
-    except (Broken, DispatcherError) as error:
-        Console(stderr=True).print(str(error), style="bold red", highlight=False, soft_wrap=True)
+        reports = asyncio.run(_unless_stopped(_run(plans, options, smoke=smoke)))
+    except NO_RUN as error:
+        said = str(error) if isinstance(error, Broken | DispatcherError) else f"{type(error).__name__}: {error}"
+        Console(stderr=True).print(said, style="bold red", highlight=False, markup=False, soft_wrap=True)
         return 2
+    except Stopped as stopped:
+        Console(stderr=True).print(f"stopped by {stopped.by.name}", style="bold red")
+        return 128 + stopped.by
     missed = any(bar.is_met is False for report in reports for bar in report.bars)
     failed = any(report.is_void or not report.is_kept for report in reports)
-    return int(failed or (options.strict and missed))
+    return int(failed or (options.strict and missed and not smoke))
+
+
+class Stopped(Exception):
+    """A signal came; everything that was started is ended."""
+
+    def __init__(self, by: signal.Signals) -> None:
+        super().__init__(by.name)
+        self.by = by
+
+
+async def _unless_stopped(run: Coroutine[Any, Any, list[Report]]) -> list[Report]:
+    """End the run, and whatever it started, when somebody wants this process to end. Raises Stopped."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(run)
+    came: list[signal.Signals] = []
+
+    def stop(by: signal.Signals) -> None:
+        if not came:  # the next one would interrupt what ends the others
+            came.append(by)
+            task.cancel()
+
+    for by in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(by, stop, by)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if came:
+            raise Stopped(came[0]) from None
+        raise
 
 
 def _sizes(scenario: Scenario, options: argparse.Namespace, *, smoke: bool) -> dict[str, Any]:
@@ -123,7 +169,7 @@ async def _run(
             await scenario.run(lab, report, sizes)
             report.show(console, judged=not smoke)
             if results is not None:
-                _keep(report, results, lab, console)
+                _keep(report, results, lab, console, is_smoke=smoke)
             reports.append(report)
     return reports
 
@@ -138,14 +184,15 @@ def _check(results: Path) -> None:
         raise Broken(f"no results can be written to {results}: {error.strerror}") from error
 
 
-def _keep(report: Report, results: Path, lab: Lab, console: Console) -> None:
+def _keep(report: Report, results: Path, lab: Lab, console: Console, *, is_smoke: bool = False) -> None:
     try:
-        path = report.save(results, lab.surroundings())
+        path = report.save(results, lab.surroundings(), is_smoke=is_smoke)
     except OSError as error:
         report.is_kept = False
-        console.print(f"not saved in {results}: {error.strerror}", style="bold red", highlight=False, soft_wrap=True)
+        said = f"not saved in {results}: {error.strerror}"
+        console.print(said, style="bold red", highlight=False, markup=False, soft_wrap=True)
     else:
-        console.print(f"  {path}", style="dim", highlight=False, soft_wrap=True)
+        console.print(f"  {path}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _introduce(console: Console, lab: Lab, *, smoke: bool) -> None:
@@ -160,6 +207,10 @@ def _introduce(console: Console, lab: Lab, *, smoke: bool) -> None:
     micro = lab.ceiling["µs"]
     cost = f", {micro:.1f} µs of its CPU each" if micro else ""
     console.print(f"the receiver alone takes {lab.ceiling['requests/s']:,.0f} requests/s{cost}", highlight=False)
+    settings = lab.versions["PostgreSQL settings"]
+    if unsafe := [f"{name} = {settings[name]}" for name in ("fsync", "synchronous_commit") if settings[name] == "off"]:
+        said = f"this PostgreSQL may lose what it has confirmed ({', '.join(unsafe)}): figures are not comparable"
+        console.print(said, style="bold yellow", highlight=False)
     if smoke:
         console.print("smoke: sizes are tiny, so the books count and the figures mean nothing", style="bold")
 

@@ -97,11 +97,13 @@ class Cell:
         ledger: Ledger,
         directory: Path,
         config: Mapping[str, Mapping[str, object]],
+        turns: int,
         tick_s: float,
     ) -> None:
         self.lab, self.name, self.dsn, self.ledger, self.directory = lab, name, dsn, ledger, directory
         self.exit_code = 0
         self._config = config
+        self._turns = turns
         self._tick_s = tick_s
         self._producers: list[Process] = []
 
@@ -157,7 +159,13 @@ class Cell:
         ledger = self.ledger
         told = [dataclasses.asdict(each) for each in behaviours]
         await self.lab.receiver.say(
-            ledger=str(ledger.path), events=ledger.events, fanout=ledger.fanout, behaviours=told
+            ledger=str(ledger.path),
+            events=ledger.events,
+            fanout=ledger.fanout,
+            behaviours=told,
+            turns=self._turns,
+            secret="" if self._turns else SECRET.removeprefix("whsec_"),
+            data=json.loads(DATA),
         )
         await self.lab.receiver.hear()
 
@@ -217,6 +225,7 @@ class Cell:
         telling = asyncio.create_task(producer.hear(seconds * 3 + START_S), name="producer")
         with self.lab.watch.over(f"{self.name}: open loop", total) as step:
             while not telling.done():
+                self.lab.receiver.check()
                 step(self.ledger.distinct / self.ledger.fanout)
                 await asyncio.wait([telling], timeout=0.2)
         return Histogram.from_json(json.loads(telling.result())["late"])
@@ -239,6 +248,7 @@ class Cell:
                 elif time.monotonic() - last_at > patience_s:
                     return False
                 self.daemon.check()
+                self.lab.receiver.check()
                 step(now)
                 await asyncio.sleep(every_s)
         self.meter.take()
@@ -271,19 +281,25 @@ class Cell:
         return self.ledger.balance(range(self.ledger.events) if events is None else events, int(committed))
 
     async def close_books(
-        self, report: Report, events: Iterable[int] | None = None, *, logged: bool = True, repeats: bool = False
+        self,
+        report: Report,
+        events: Iterable[int] | None = None,
+        *,
+        logged: bool = True,
+        logged_before: int = 0,
+        repeats: bool = False,
     ) -> Balance:
         """Stop the daemon and balance; the report is void if anything is wrong.
 
-        `logged`: every request that came must be on record as an attempt, no more and no less. `repeats`: duplicates
-        are expected.
+        `logged`: every request that came must be on record as an attempt, no more and no less, beside those that were
+        `logged_before`. `repeats`: duplicates are expected.
         """
         await self.stop_daemon()
         balance = await self.balance(events)
         report.close_books(self.name, balance)
         if self.exit_code:
             report.void(self.name, f"the daemon ended with {self.exit_code}:\n{self.daemon.complaints}")
-        if logged and (attempts := await self.logged()) != self.ledger.requests:
+        if logged and (attempts := await self.logged() - logged_before) != self.ledger.requests:
             report.void(self.name, f"{self.ledger.requests:,} requests came, {attempts:,} attempts are on record")
         if balance.duplicates and not repeats:
             report.note(f"{self.name}: {balance.duplicates:,} duplicates without a fault to explain them")

@@ -74,6 +74,8 @@ class Lab:
 
     async def _open(self) -> Lab:
         stack = self._stack
+        if not self.directory.is_dir():
+            raise Broken(f"{self.directory} is no directory")
         self.state = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="dispatcher-bench-", dir=self.directory))
         )
@@ -93,7 +95,10 @@ class Lab:
             directory = self.state / "postgres"
             server = await self._stack.enter_async_context(EmbeddedPostgres(directory, self._postgres_bin))
             self._dsn, self.postgres_pid = server.dsn, server.pid
-        connection = await asyncpg.connect(self._dsn)
+        try:
+            connection = await asyncpg.connect(self._dsn)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+            raise Broken(f"PostgreSQL cannot be reached: {error or type(error).__name__}") from error
         try:
             self.versions["PostgreSQL"] = await connection.fetchval("SHOW server_version")
             names = ("fsync", "synchronous_commit", "shared_buffers", "max_connections", "wal_level")
@@ -110,7 +115,9 @@ class Lab:
 
     async def measure_ceiling(self, seconds: float) -> None:
         """What the receiver can take, into `ceiling`: requests per second, and its CPU for each."""
-        await self.receiver.say(ledger=str(self._ledger_path()), events=1, fanout=1, behaviours=[])
+        await self.receiver.say(
+            ledger=str(self._ledger_path()), events=1, fanout=1, behaviours=[], turns=1, secret="", data=None
+        )
         await self.receiver.hear()
         before = machine.cpu_s(self.receiver.pid)
         driver = await Process.start("bench.receiver", "drive", self.receiver_address.partition(":")[2], str(seconds))
@@ -137,14 +144,16 @@ class Lab:
         refused: Callable[[int], bool] = lambda _: False,
         config: Mapping[str, Mapping[str, object]] | None = None,
         webhook: Mapping[str, object] | None = None,
+        turns: int = 0,
         tick_s: float | None = None,
     ) -> AsyncIterator[Cell]:
         """One run: database, ledger, webhooks and (not yet started) daemon.
 
         Endpoint number e belongs to group e // fanout and receives the events of that group. Those of which `refused`
         is true have a URL nobody listens at. `config` is the daemon's beyond what a loopback receiver needs; `webhook`
-        are settings of all webhooks. `tick_s` is how often CPU is read: that costs 2 ms, so seldom where milliseconds
-        are measured.
+        are settings of all webhooks. With `turns` it is not the dispatcher that sends: what comes is not signed by our
+        secret and does not say its type, and each event is for the webhook of its number modulo that. `tick_s` is how
+        often CPU is read: that costs 2 ms, so seldom where milliseconds are measured.
         """
         assert endpoints % fanout == 0, "groups are whole"
         number = next(self._numbers)
@@ -162,6 +171,7 @@ class Lab:
             ledger=ledger,
             directory=directory,
             config=config or {},
+            turns=turns,
             tick_s=tick_s or self.tick_s,
         )
         try:

@@ -9,8 +9,8 @@ messages, no parsing, nothing to collect afterwards, and it outlives a crash of 
 CLOCK_MONOTONIC, one clock for every process.
 
 **Invariant.** sent = received + missing, cell by cell; whatever else came is a duplicate (counted) or foreign (never
-sent). A run with anything missing or foreign, or whose database holds another number of events than were
-acknowledged, is void.
+sent). A run with anything missing, foreign, astray (at a webhook it was not for) or forged (one in 64 is examined:
+signature and body), or whose database holds another number of events than were acknowledged, is void.
 
 **Layout**: 16 counters; `due` and `acked` per event; `first` and `last` per delivery (64 bits each); `count` per
 delivery (a byte). An event that goes to `fanout` endpoints has that many neighbouring cells: its group's endpoints
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 
 HEAD: Final = 16
-REQUESTS, DISTINCT, OPEN, FOREIGN, ACCEPTED = range(5)  # counters, all kept by the receiver
+REQUESTS, DISTINCT, OPEN, FOREIGN, ACCEPTED, ASTRAY, EXAMINED, FORGED = range(8)  # counters, all kept by the receiver
 REPEATS_MAX: Final = 255  # of one delivery; a byte each
 NEVER: Final = 0
 
@@ -116,7 +116,17 @@ class Ledger:
             received += fanout - counts.count(0)
             requests += sum(counts)
         acknowledged = self.events - self.acked.tolist().count(NEVER)
-        return Balance(sent, received, requests - received, self.head[FOREIGN], acknowledged, committed)
+        return Balance(
+            sent=sent,
+            received=received,
+            duplicates=requests - received,
+            foreign=self.head[FOREIGN],
+            astray=self.head[ASTRAY],
+            examined=self.head[EXAMINED],
+            forged=self.head[FORGED],
+            acknowledged=acknowledged,
+            committed=committed,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,6 +137,9 @@ class Balance:
     received: int  # of these, how many came at least once
     duplicates: int
     foreign: int  # requests that nobody sent
+    astray: int  # events that came to a webhook they were not for
+    examined: int  # requests whose signature and body were looked at
+    forged: int  # of these, those that were not what a subscriber is promised
     acknowledged: int  # events whose COMMIT the producer saw
     committed: int  # events the database holds
 
@@ -143,6 +156,8 @@ class Balance:
             for is_wrong, text in (
                 (self.missing, f"{self.missing:,} of {self.sent:,} deliveries are missing"),
                 (self.foreign, f"{self.foreign:,} requests came that nobody sent"),
+                (self.astray, f"{self.astray:,} requests came to another webhook than the event was for"),
+                (self.forged, f"{self.forged:,} of {self.examined:,} examined requests had a wrong signature or body"),
                 (
                     self.acknowledged != self.committed,
                     f"the database holds {self.committed:,} events, {self.acknowledged:,} were acknowledged",

@@ -88,15 +88,20 @@ class Meter:
         start_ns = self.samples[0].at_ns
         return [((s.at_ns - start_ns) / 1e9, s.rss_bytes / 1e6) for s in self.samples if s.rss_bytes]
 
-    def steady(self) -> Usage:
-        """A drain without its beginning and end; all of it if it was too short for that."""
+    def steady(self) -> Usage | None:
+        """A drain without its beginning and end; None if it was too short to have anything in between."""
         total = self.samples[-1].distinct
         inside = [
             s for s in self.samples if total * STEADY[0] <= s.distinct <= total * STEADY[1] and s.daemon_s is not None
         ]
-        if len(inside) < 2:
-            inside = [sample for sample in self.samples if sample.daemon_s is not None]
-        return between(inside[0], inside[-1])
+        return between(inside[0], inside[-1]) if len(inside) > 1 else None
+
+    def drain(self) -> dict[str, Value]:
+        """The columns of a drain: its steady rate, and what each delivery cost then."""
+        steady = self.steady()
+        if steady is None:
+            return {"deliveries/s": None, **Usage(0.0, 0, None, None, None).per(0)}
+        return {"deliveries/s": steady.rate, **steady.per(steady.requests)}
 
     def since(self, at_ns: int, until_ns: int) -> Usage:
         """Between the samples nearest to two moments."""

@@ -1,18 +1,20 @@
-"""Plots as SVG, written by hand: latencies by quantile, columns, lines over time. Readable on light and dark
+"""Plots as SVG, written by hand: latencies by quantile, columns in groups, lines over time. Readable on light and dark
 grounds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Final
 
 from bench.histogram import Histogram
 
 WIDTH: Final = 860
-HEIGHT: Final = 420
-LEFT, RIGHT, TOP, BOTTOM = 80, 20, 50, 60
+PANEL: Final = 310  # height of one; several are below each other
+LEFT, RIGHT, TOP, BETWEEN = 70, 40, 62, 62
+CHARACTER: Final = 6.2  # width of one, about
 COLOURS: Final = ("#2f6fde", "#d9480f", "#2b8a3e", "#9c36b5", "#e8a100", "#0b7285", "#c2255c", "#868e96")
 QUANTILES: Final = (0.0, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9999)
 TEXT: Final = "#666"
@@ -31,11 +33,8 @@ def quantiles(title: str, histograms: Mapping[str, Histogram]) -> str:
     span = _stretched(QUANTILES[-1])
     marks = [(_stretched(q) / span, f"{q * 100:g} %") for q in (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999)]
     rows = [((e - low) / (high - low), f"{10.0**e:g}") for e in range(low, high + 1)]
-    drawn = [
-        (label, [(x / span, (math.log10(y) - low) / (high - low)) for x, y in points])
-        for label, points in curves.items()
-    ]
-    return _frame(title, marks, rows, unit="ms", body=_polylines(drawn), legend=[label for label, _ in drawn])
+    drawn = [[(x / span, (math.log10(y) - low) / (high - low)) for x, y in points] for points in curves.values()]
+    return _page(title, [[*_axes(0, "ms", rows, marks), *_polylines(0, drawn)]], list(curves))
 
 
 def _curve(histogram: Histogram) -> list[Point]:
@@ -53,29 +52,48 @@ def _decades(values: Sequence[float]) -> tuple[int, int]:
     return low, max(high, low + 1)
 
 
-def columns(title: str, values: Mapping[str, float], unit: str) -> str:
-    """One column each."""
-    rows, top = _linear(list(values.values()))
-    width = 1 / len(values)
-    marks = [((n + 0.5) * width, label) for n, label in enumerate(values)]
-    body = [
-        f'<rect x="{_x((n + 0.2) * width):.1f}" y="{_y(value / top):.1f}" width="{_x(width * 0.6) - LEFT:.1f}" '
-        f'height="{max(0.0, _y(0) - _y(value / top)):.1f}" fill="{COLOURS[0]}"/>'
-        for n, value in enumerate(values.values())
-    ]
-    return _frame(title, marks, rows, unit=unit, body=body)
+def columns(title: str, groups: Mapping[str, Mapping[str, float]], unit: str) -> str:
+    """Columns in groups; those of one series have one colour."""
+    series = list(dict.fromkeys(name for group in groups.values() for name in group))
+    rows, top = _linear([value for group in groups.values() for value in group.values()])
+    width = 1 / len(groups)
+    marks = [((n + 0.5) * width, label) for n, label in enumerate(groups)]
+    thick = width * 0.8 / len(series)
+    body = []
+    for n, group in enumerate(groups.values()):
+        for name, value in group.items():
+            place = series.index(name)
+            left, high = _x((n + 0.1) * width + place * thick), _y(0, value / top)
+            body.append(
+                f'<rect x="{left:.1f}" y="{high:.1f}" width="{max(1.0, _x(thick) - LEFT - 2):.1f}" '
+                f'height="{max(0.0, _y(0, 0) - high):.1f}" fill="{COLOURS[place % len(COLOURS)]}"/>'
+            )
+            middle = left + (_x(thick) - LEFT) / 2
+            body.append(
+                _text(middle, high - 4, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", "middle", size=10)
+            )
+    legend = series if series != [""] else []
+    return _page(title, [[*_axes(0, unit, rows, marks), *body]], legend)
 
 
-def lines(title: str, series: Mapping[str, Sequence[Point]], *, x: str, y: str) -> str:
-    """Values over time."""
-    points = [point for each in series.values() for point in each]
-    if not points:
+def lines(title: str, series: Mapping[str, Sequence[Point]]) -> str:
+    """Values over time, in seconds; those of one unit, which stands behind the comma, in one panel."""
+    units: dict[str, list[str]] = {}
+    for label, points in series.items():
+        if points:
+            units.setdefault(label.rpartition(", ")[2], []).append(label)
+    if not units:
         return ""
-    rows, top = _linear([value for _, value in points])
-    last = max(at for at, _ in points) or 1.0
-    marks = [(n / 5, f"{last * n / 5:.3g} {x}") for n in range(6)]
-    drawn = [(label, [(at / last, value / top) for at, value in each]) for label, each in series.items()]
-    return _frame(title, marks, rows, unit=y, body=_polylines(drawn), legend=[label for label, _ in drawn])
+    last = max(at for points in series.values() for at, _ in points) or 1.0
+    marks = [(n / 5, f"{last * n / 5:.3g} s") for n in range(6)]
+    panels: list[list[str]] = []
+    legend: list[str] = []
+    for number, (unit, labels) in enumerate(units.items()):
+        rows, top = _linear([value for label in labels for _, value in series[label]])
+        drawn = [[(at / last, value / top) for at, value in series[label]] for label in labels]
+        panels.append([*_axes(number, unit, rows, marks), *_polylines(number, drawn, first=len(legend))])
+        legend += labels
+    return _page(title, panels, legend)
 
 
 def _linear(values: Sequence[float]) -> tuple[list[tuple[float, str]], float]:
@@ -87,12 +105,12 @@ def _linear(values: Sequence[float]) -> tuple[list[tuple[float, str]], float]:
     return [(n * step / top, f"{n * step:,.6g}") for n in range(round(top / step) + 1)], top
 
 
-def _polylines(curves: Iterable[tuple[str, list[Point]]]) -> list[str]:
+def _polylines(panel: int, curves: Iterable[list[Point]], *, first: int = 0) -> list[str]:
     return [
         f'<polyline fill="none" stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2" points="'
-        + " ".join(f"{_x(x):.1f},{_y(y):.1f}" for x, y in points)
+        + " ".join(f"{_x(x):.1f},{_y(panel, y):.1f}" for x, y in points)
         + '"/>'
-        for n, (_, points) in enumerate(curves)
+        for n, points in enumerate(curves, first)
     ]
 
 
@@ -100,42 +118,46 @@ def _x(share: float) -> float:
     return LEFT + share * (WIDTH - LEFT - RIGHT)
 
 
-def _y(share: float) -> float:
-    return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+def _y(panel: int, share: float) -> float:
+    return TOP + panel * (PANEL + BETWEEN) + (1 - share) * PANEL
 
 
-def _frame(
-    title: str,
-    marks: Sequence[tuple[float, str]],
-    rows: Sequence[tuple[float, str]],
-    *,
-    unit: str,
-    body: Sequence[str],
-    legend: Sequence[str] = (),
-) -> str:
+def _axes(
+    panel: int, unit: str, rows: Sequence[tuple[float, str]], marks: Sequence[tuple[float, str]]
+) -> Iterator[str]:
+    """The grid, what its rows mean, and the marks below it, each in as many lines as it needs."""
+    yield _text(8, _y(panel, 1) - 12, unit)
+    for at, label in rows:
+        y = _y(panel, at)
+        yield f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>'
+        yield _text(LEFT - 8, y + 4, label, "end")
+    room = int((WIDTH - LEFT - RIGHT) / max(1, len(marks)) / CHARACTER)
+    for at, label in marks:
+        for n, line in enumerate(textwrap.wrap(label, max(8, room))[:3]):
+            yield _text(_x(at), _y(panel, 0) + 18 + 13 * n, line, "middle", size=11)
+
+
+def _page(title: str, panels: Sequence[Sequence[str]], legend: Sequence[str]) -> str:
+    bottom = _y(len(panels) - 1, 0) + BETWEEN
     parts = [
         (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 18 * ((len(legend) + 1) // 2)}" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" '
+            f'viewBox="0 0 {WIDTH} {bottom + 18 * ((len(legend) + 1) // 2):.0f}" '
             f'font-family="system-ui, sans-serif" font-size="12" role="img">'
         ),
         f"<title>{escape(title)}</title>",
-        _text(LEFT, 24, title, size=14),
-        _text(LEFT - 8, TOP - 12, unit, anchor="end"),
+        _text(8, 24, title, size=14),
     ]
-    for at, label in rows:
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_y(at):.1f}" y2="{_y(at):.1f}" stroke="{GRID}"/>')
-        parts.append(_text(LEFT - 8, _y(at) + 4, label, anchor="end"))
-    for at, label in marks:
-        parts.append(_text(_x(at), HEIGHT - BOTTOM + 20, label, anchor="middle"))
-    parts += body
+    for panel in panels:
+        parts += panel
     for n, label in enumerate(legend):
-        x, y = LEFT + 380 * (n % 2), HEIGHT - 16 + 18 * (n // 2)
-        parts.append(f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{COLOURS[n % len(COLOURS)]}"/>')
+        x, y = LEFT + 380 * (n % 2), bottom + 18 * (n // 2)
+        parts.append(f'<rect x="{x}" y="{y - 9:.0f}" width="10" height="10" fill="{COLOURS[n % len(COLOURS)]}"/>')
         parts.append(_text(x + 16, y, label))
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12) -> str:
+def _text(x: float, y: float, text: str, anchor: str = "start", *, size: int = 12) -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{TEXT}">{escape(text)}</text>'
     )

@@ -27,19 +27,26 @@ class Broken(Exception):
 class Process:
     """A child that is spoken to in lines of JSON."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, name: str) -> None:
         self._process = process
+        self._name = name
         self.pid = process.pid
 
     @classmethod
     async def start(cls, *arguments: str) -> Process:
         """Start a module of this package with the interpreter that runs this."""
         pipe = asyncio.subprocess.PIPE
-        return cls(
-            await asyncio.create_subprocess_exec(
-                sys.executable, "-m", *arguments, stdin=pipe, stdout=pipe, limit=STREAM_BYTES_MAX, cwd=machine.ROOT
-            )
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            *arguments,
+            stdin=pipe,
+            stdout=pipe,
+            limit=STREAM_BYTES_MAX,
+            cwd=machine.ROOT,
+            process_group=0,  # Ctrl-C is for the harness, which ends what it started
         )
+        return cls(process, arguments[0])
 
     async def say(self, **order: object) -> None:
         """Send an order."""
@@ -53,8 +60,13 @@ class Process:
         async with asyncio.timeout(timeout_s):
             line = await self._process.stdout.readline()
         if not line:
-            raise Broken(f"process {self.pid} ended: {await self._process.wait()}")
+            raise Broken(f"process {self.pid} ({self._name}) ended: {await self._process.wait()}")
         return line.decode().strip()
+
+    def check(self) -> None:
+        """Raise Broken if it has ended by itself."""
+        if self._process.returncode is not None:
+            raise Broken(f"process {self.pid} ({self._name}) ended: {self._process.returncode}")
 
     async def end(self) -> None:
         """Close its input, which ends it; kill it when it does not care."""
@@ -107,6 +119,7 @@ class Daemon:
                 stderr=log,
                 env=environment,
                 cwd=machine.ROOT,
+                process_group=0,
             )
 
     async def ready(self) -> None:

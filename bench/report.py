@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from bench import plot
 from bench.histogram import Histogram
@@ -21,6 +24,7 @@ from bench.ledger import Balance
 
 Value = float | int | str | None
 DASH: Final = "–"
+FRAME: Final = 3  # characters around each cell of a table
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +67,8 @@ class Report:
         self.faults: list[str] = []
         self.notes: list[str] = []
         self.histograms: dict[str, Histogram] = {}
-        self.series: dict[str, list[tuple[float, float]]] = {}
+        self.series: dict[str, list[tuple[float, float]]] = {}  # "what, unit": (seconds, value)
+        self.columns: dict[str, dict[str, dict[str, float]]] = {}  # unit: group: series
 
     @property
     def is_void(self) -> bool:
@@ -73,6 +78,11 @@ class Report:
     def row(self, cell: str, values: Mapping[str, Value]) -> None:
         """A line of the table; columns are the union of all lines' keys, units in their names."""
         self.rows.append((cell, dict(values)))
+
+    def column(self, unit: str, group: str, value: Value, *, series: str = "") -> None:
+        """A column of the plot, beside the others of its group; one that could not be measured is left out."""
+        if isinstance(value, int | float):
+            self.columns.setdefault(unit, {}).setdefault(group, {})[series] = value
 
     def bar(
         self,
@@ -114,29 +124,54 @@ class Report:
 
     def show(self, console: Console, *, judged: bool = True) -> None:
         """Print it; the bars only if the sizes were such that they mean something."""
-        console.print(self._table())
+        for table in self._tables(console):
+            console.print(table)
         if self.bars and judged:
             console.print(self._bars())
         for note in self.notes:
-            console.print(f"  {note}", style="dim", highlight=False)
+            console.print(f"  {note}", style="dim", highlight=False, markup=False)
         for fault in self.faults:
-            console.print(f"VOID  {fault}", style="bold red", highlight=False)
+            console.print(f"VOID  {fault}", style="bold red", highlight=False, markup=False)
 
-    def _table(self) -> Table:
-        columns = list(dict.fromkeys(name for _, values in self.rows for name in values))
-        table = Table(title=f"{self.scenario}: {self.question}", title_justify="left", title_style="bold")
+    def _tables(self, console: Console) -> Iterator[Table]:
+        """As many below each other as it takes for every figure to be seen."""
+        names = list(dict.fromkeys(name for _, values in self.rows for name in values))
+        heads = {name: self._head(name) for name in names}
+        first = FRAME + max((len(cell) for cell, _ in self.rows), default=0)
+        title: str | None = f"{self.scenario}: {self.question}"
+        here: list[str] = []
+        taken = first
+        for name in names:
+            width = FRAME + max(len(line) for line in [*heads[name], *self._figures(name)])
+            if here and taken + width >= console.width:
+                yield self._table(title, {name: heads[name] for name in here})
+                title, here, taken = None, [], first
+            here.append(name)
+            taken += width
+        yield self._table(title, {name: heads[name] for name in here})
+
+    def _figures(self, name: str) -> list[str]:
+        return [shown(values.get(name)) for _, values in self.rows]
+
+    def _head(self, name: str) -> list[str]:
+        """A column's name in lines no wider than its longest word or figure."""
+        return textwrap.wrap(name, max(map(len, [*name.split(), *self._figures(name)])))
+
+    def _table(self, title: str | None, heads: Mapping[str, Sequence[str]]) -> Table:
+        table = Table(title=title and Text(title), title_justify="left", title_style="bold")
         table.add_column("", no_wrap=True)
-        for name in columns:
-            table.add_column(name, justify="right")
+        for lines in heads.values():
+            table.add_column(Text("\n".join(lines)), justify="right", no_wrap=True)
         for cell, values in self.rows:
-            table.add_row(cell, *(shown(values.get(name)) for name in columns))
+            if any(name in values for name in heads):
+                table.add_row(Text(cell), *(Text(shown(values.get(name))) for name in heads))
         return table
 
     def _bars(self) -> Table:
         table = Table("bar", "wanted", "measured", "", box=None, pad_edge=False)
         for bar in self.bars:
             mark = {True: "[green]met[/]", False: "[red]missed[/]", None: "[dim]not measured[/]"}[bar.is_met]
-            table.add_row(bar.what, bar.wanted, shown(bar.value), mark)
+            table.add_row(Text(bar.what), bar.wanted, shown(bar.value), mark)
         return table
 
     def to_json(self, surroundings: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,41 +190,46 @@ class Report:
             "notes": self.notes,
             "histograms": {label: histogram.to_json() for label, histogram in self.histograms.items()},
             "series": self.series,
+            "columns": self.columns,
         }
 
-    def save(self, directory: Path, surroundings: Mapping[str, Any]) -> Path:
+    def save(self, directory: Path, surroundings: Mapping[str, Any], *, is_smoke: bool = False) -> Path:
         """Write the JSON and the plot; return the path of the JSON. Raises OSError, and leaves no half of a file."""
-        stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(self.began_unix_s))}-{self.scenario}"
-        texts = {"json": json.dumps(self.to_json(surroundings), indent=1) + "\n", "svg": self.draw()}
-        for suffix, text in texts.items():
-            path = directory / f"{stem}.{suffix}"
-            try:
+        document = self.to_json(surroundings) | {"is_smoke": is_smoke}
+        if is_smoke:
+            document["bars"] = [bar | {"is_met": None} for bar in document["bars"]]
+        began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.began_unix_s))
+        path = _claim(directory, f"{began}-{self.scenario}")
+        texts = {path: json.dumps(document, indent=1) + "\n", path.with_suffix(".svg"): self.draw()}
+        try:
+            for file, text in texts.items():
                 if text:
-                    path.write_text(text, encoding="utf-8")
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-        return directory / f"{stem}.json"
+                    file.write_text(text, encoding="utf-8")
+        except OSError:
+            for file in texts:
+                file.unlink(missing_ok=True)
+            raise
+        return path
 
     def draw(self) -> str:
         """The plot that suits what was measured; empty if there is nothing to draw."""
         title = f"{self.scenario}: {self.question}" + ("  VOID" if self.is_void else "")
         if self.series:
-            return plot.lines(title, self.series, x="s", y=self._series_unit())
-        if self.histograms:
-            return plot.quantiles(title, self.histograms)
-        rates = {
-            cell: value
-            for cell, values in self.rows
-            for value in list(values.values())[:1]
-            if isinstance(value, int | float)
-        }
-        unit = next((name for _, values in self.rows for name in values), "")
-        return plot.columns(title, rates, unit) if rates else ""
+            return plot.lines(title, self.series)
+        if self.columns:
+            ((unit, groups),) = self.columns.items()
+            return plot.columns(title, groups, unit)
+        return plot.quantiles(title, self.histograms)
 
-    def _series_unit(self) -> str:
-        label = next(iter(self.series))
-        return label.rpartition(", ")[2] if ", " in label else ""
+
+def _claim(directory: Path, stem: str) -> Path:
+    """A new file of that name, or with a number behind it: another run may have begun in the same second."""
+    for number in itertools.count(1):
+        path = directory / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
+    raise AssertionError("counting does not end")
 
 
 def shown(value: Value) -> str:

@@ -6,9 +6,11 @@ A file has `QUESTION` (what it answers, one line), `OPTIONS` (its sizes, each wi
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import pkgutil
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -24,12 +26,26 @@ ORDER: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
-    """A size that can be chosen: `--name`."""
+    """A size that can be chosen: `--name`. A number is at least `least`, a multiple of `of`; a text matches `form`."""
 
     name: str
     default: int | str
     smoke: int | str
     help: str
+    least: int = 1
+    of: int = 1
+    form: str = ""
+
+    def read(self, text: str) -> int | str:
+        """What a command line says. Raises argparse.ArgumentTypeError."""
+        if isinstance(self.default, str):
+            if not re.fullmatch(self.form, text):
+                raise argparse.ArgumentTypeError(f"expected {self.help}, like {self.smoke}, not {text!r}")
+            return text
+        if not re.fullmatch("[0-9]{1,12}", text) or int(text) < self.least or int(text) % self.of:
+            kind = f"a multiple of {self.of}" if self.of > 1 else "a whole number"
+            raise argparse.ArgumentTypeError(f"expected {kind}, {self.least:,} or more, not {text!r}")
+        return int(text)
 
 
 Sizes = Mapping[str, Any]

@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import ssl
+import subprocess
 import sys
 import tempfile
 import time
@@ -367,11 +368,24 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
 
 def measure(client: str, tls: bool, shape: str, requests: int) -> dict[str, Any]:
     """Run one cell in a process of its own."""
-    import subprocess
+    return asyncio.run(measure_apart(client, tls, shape, requests))
 
-    arguments = ["cell", client, "tls" if tls else "plain", shape, str(requests)]
-    finished = subprocess.run([sys.executable, "-m", "bench.transport", *arguments], check=True, stdout=subprocess.PIPE)
-    cell: dict[str, Any] = json.loads(finished.stdout)
+
+async def measure_apart(client: str, tls: bool, shape: str, requests: int) -> dict[str, Any]:
+    """Run one cell in a process of its own, which is ended with this. Raises CalledProcessError."""
+    command = [sys.executable, "-m", "bench.transport", "cell", client, "tls" if tls else "plain", shape, str(requests)]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, process_group=0
+    )
+    try:
+        said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    cell: dict[str, Any] = json.loads(said)
     return cell
 
 

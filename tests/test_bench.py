@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +22,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from standardwebhooks import Webhook
 
+from bench import __main__ as bench_command
 from bench.__main__ import _keep
 from bench.histogram import STEPS, Histogram, bucket_of, edge_of
 from bench.ledger import FOREIGN, Ledger, endpoint_path, event_id, event_type
@@ -37,17 +43,17 @@ SVG = "{http://www.w3.org/2000/svg}"
 durations = st.lists(st.integers(0, 10**12), min_size=1, max_size=200)
 
 
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of a smoke run by scenario."""
     results = tmp_path_factory.mktemp("results")
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "smoke", "--quiet", "--results", str(results), "--only", *SCENARIOS],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = bench("smoke", "--quiet", "--results", str(results), "--only", *SCENARIOS)
     assert done.returncode == 0, done.stdout + done.stderr
     return {found["scenario"]: found for found in (json.loads(path.read_text()) for path in results.glob("*.json"))}
 
@@ -91,14 +97,7 @@ def test_a_run_says_on_what_it_was_made(smoke: dict[str, Any]) -> None:
 
 def test_results_that_cannot_be_written_are_said_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "light", "--results", str(tmp_path / "file")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
+    done = bench("light", "--results", str(tmp_path / "file"))
     assert (done.returncode, done.stdout) == (2, "")
     assert f"no results can be written to {tmp_path / 'file'}" in done.stderr
 
@@ -106,6 +105,7 @@ def test_results_that_cannot_be_written_are_said_before_the_run(tmp_path: Path) 
 def test_of_results_for_which_there_is_no_room_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report("light", "what?", {})
     report.row("cell", {"per second": 1.0})
+    report.column("1/s", "cell", 1.0)
 
     def write_half(path: Path, text: str, **_: object) -> None:
         path.write_bytes(text.encode()[:10])
@@ -125,6 +125,94 @@ def test_of_results_for_which_there_is_no_room_nothing_is_left(tmp_path: Path, m
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".svg"]
 
 
+def test_two_runs_of_one_second_keep_a_file_each(tmp_path: Path) -> None:
+    report = Report("light", "what?", {})
+    assert report.save(tmp_path, {}) != report.save(tmp_path, {})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_smoke_run_judges_nothing(tmp_path: Path) -> None:
+    report = Report("light", "what?", {})
+    report.bar("far off", 2.0, at_most=1.0)
+    found = json.loads(report.save(tmp_path, {}, is_smoke=True).read_text())
+    assert (found["is_smoke"], [bar["is_met"] for bar in found["bars"]]) == (True, [None])
+
+
+@pytest.mark.parametrize("columns", [40, 80, 160])
+def test_a_narrow_terminal_shows_every_figure(columns: int) -> None:
+    report = Report("light", "what?", {})
+    for n, cell in enumerate(("first", "second")):
+        report.row(cell, {f"column {m} of many": 1000 * n + m + 0.25 for m in range(12)})
+    printed = io.StringIO()
+    report.show(Console(file=printed, width=columns))
+    for n in range(2):
+        assert all(f"{1000 * n + m + 0.25:{',.0f' if n else '.3g'}}" in printed.getvalue() for m in range(12))
+    assert max(map(len, printed.getvalue().splitlines())) <= columns
+    assert "…" not in printed.getvalue()
+
+
+def test_what_a_run_says_is_shown_as_it_is() -> None:
+    report = Report("light", "what?", {})
+    report.row("[bold]", {"[red]": 1})
+    report.void("cell", "[error   ] no [/var/tmp/x]")
+    report.note("[database] dsn")
+    printed = io.StringIO()
+    report.show(Console(file=printed, width=80))
+    for text in ("[bold]", "[red]", "[error   ] no [/var/tmp/x]", "[database] dsn"):
+        assert text in printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["throughput", "--events", "0"],
+        ["throughput", "--endpoints", "15"],
+        ["throughput", "--cell", "3x7"],
+        ["transport", "--shapes", "0x0"],
+        ["peers", "--which", "foo"],
+        ["light", "--rate", "many"],
+        ["light", "--dsn", "postgresql:///", "--postgres-bin", "/usr"],
+    ],
+    ids=" ".join,
+)
+def test_sizes_that_make_no_run_are_refused_before_it(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench_command.main(arguments)
+    assert ended.value.code == 2
+    assert f"argument {arguments[-2]}: " in capsys.readouterr().err
+
+
+def test_a_server_that_cannot_be_reached_is_said_in_a_line(tmp_path: Path) -> None:
+    done = bench("light", "--dsn", "postgresql://me@127.0.0.1:1/x", "--results", str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("PostgreSQL cannot be reached: ")
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_run_that_is_stopped_leaves_nothing_behind(by: signal.Signals, tmp_path: Path) -> None:
+    where = "--directory", str(tmp_path), "--results", str(tmp_path / "results")
+    command = [sys.executable, "-m", "bench", "recovery", "--rate", "200", "--quiet", *where]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(started) < 3 and time.monotonic() < deadline:  # receiver, daemon, producer; the server below them
+        time.sleep(0.1)
+        started = _children(running.pid)
+    time.sleep(0.5)
+    started = _children(running.pid)
+    running.send_signal(by)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 128 + by, said
+    assert said.splitlines()[-1] == f"stopped by {by.name}"
+    assert len(started) >= 3
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 # The ledger.
 
 
@@ -135,16 +223,27 @@ def ledger(tmp_path: Path) -> Any:
     made.close()
 
 
-def receive(ledger: Ledger, event: int, endpoint: int) -> None:
-    """What the receiver's process does, through a mapping of its own."""
+DATA = {"a": 1}
+
+
+def receive(
+    ledger: Ledger, event: int, endpoint: int, *, group: int | None = None, secret: bytes = b"", body: bytes = b""
+) -> None:
+    """What the receiver's process does, through a mapping of its own: an event of a group comes to an endpoint."""
     from bench.receiver import Connection, Told
 
-    told = Told()
+    told = Told(secret=secret, data=DATA)
     told.ledger = Ledger(ledger.path, ledger.events, ledger.fanout)
     connection = Connection(told)
     connection._write = lambda data: None
-    body = b'{"a":1}'
-    lines = f"POST {endpoint_path(endpoint)} HTTP/1.1", f"webhook-id: {event_id(event)}", f"Content-Length: {len(body)}"
+    type_ = event_type(endpoint // ledger.fanout if group is None else group)
+    body = body or json.dumps({"id": event_id(event), "type": type_, "data": DATA}).encode()
+    now = datetime.now(UTC)
+    signature = Webhook(base64.b64encode(b"s3cret").decode()).sign(event_id(event), now, body.decode())
+    lines = (
+        f"POST {endpoint_path(endpoint)} HTTP/1.1", f"X-Trackpost-Event: {type_}", f"webhook-id: {event_id(event)}",
+        f"webhook-timestamp: {int(now.timestamp())}", f"webhook-signature: {signature}", f"Content-Length: {len(body)}",
+    )  # fmt: skip
     whole = "\r\n".join([*lines, "", ""]).encode() + body
     connection.data_received(whole[:50])
     connection.data_received(whole[50:-1])
@@ -175,6 +274,43 @@ def test_a_request_nobody_sent_voids_the_run(ledger: Ledger) -> None:
     receive(ledger, 4711, 0)
     assert ledger.head[FOREIGN] == 1
     assert ledger.balance(range(4), committed=4).faults == ["1 requests came that nobody sent"]
+
+
+def whole(ledger: Ledger) -> None:
+    """Every event comes to every endpoint of the first group."""
+    for event in range(4):
+        ledger.acked[event] = 1
+        for endpoint in range(3):
+            receive(ledger, event, endpoint, secret=b"s3cret")
+
+
+def test_a_signed_event_at_its_webhook_is_genuine(ledger: Ledger) -> None:
+    whole(ledger)
+    books = ledger.balance(range(4), committed=4)
+    assert (books.faults, books.examined) == ([], 3)
+
+
+def test_an_event_at_another_webhook_voids_the_run(ledger: Ledger) -> None:
+    whole(ledger)
+    receive(ledger, 1, 1, group=1)
+    assert ledger.balance(range(4), committed=4).faults == ["1 requests came to another webhook than the event was for"]
+
+
+@pytest.mark.parametrize(
+    ("secret", "body"),
+    [
+        (b"another", b""),
+        (b"s3cret", b"{}"),
+        (b"s3cret", b"not JSON"),
+        (b"s3cret", json.dumps({"id": event_id(1), "type": event_type(0), "data": DATA}).encode()),
+        (b"s3cret", json.dumps({"id": event_id(0), "type": event_type(0), "data": {}}).encode()),
+    ],
+    ids=["signed by another", "empty", "not JSON", "another event", "without its data"],
+)
+def test_a_request_that_is_not_what_is_promised_voids_the_run(ledger: Ledger, secret: bytes, body: bytes) -> None:
+    whole(ledger)
+    receive(ledger, 0, 1, secret=secret, body=body)
+    assert ledger.balance(range(4), committed=4).faults == ["1 of 4 examined requests had a wrong signature or body"]
 
 
 def test_events_the_database_does_not_hold_void_the_run(ledger: Ledger) -> None:
@@ -226,8 +362,8 @@ def test_pooling_is_the_same_as_having_counted_together(left: list[int], right: 
     "drawing",
     [
         quantiles("a <title> & more", {"idle": Histogram(range(1, 10**7, 10**4)), "none": Histogram()}),
-        columns("rates", {"one": 3.0, "two": 0.0}, "1/s"),
-        lines("memory", {"RSS, MB": [(0.0, 60.0), (5.0, 80.5)]}, x="s", y="MB"),
+        columns("rates", {"one": {"a": 3.0, "b": 2.0}, "two": {"a": 0.0}}, "1/s"),
+        lines("memory", {"RSS, MB": [(0.0, 60.0), (5.0, 80.5)], "p99, ms": [(0.0, 1.0), (5.0, 2.0)]}),
     ],
     ids=["quantiles", "columns", "lines"],
 )

@@ -23,11 +23,11 @@ from bench.scenario import Option, Sizes
 
 QUESTION = "does a subscriber that hangs, fails or floods cost the others anything?"
 OPTIONS = (
-    Option("endpoints", 1000, 40, "webhooks"),
+    Option("endpoints", 1000, 40, "webhooks", least=20),
     Option("rate", 200, 200, "events per second for the healthy ones"),
     Option("flood", 1000, 500, "events per second for the flooded one"),
     Option("seconds", 20, 1, "of steady load"),
-    Option("events", 100_000, 2_000, "of a drain"),
+    Option("events", 100_000, 2_000, "of a drain", least=100),
     Option("rounds", 2, 1, "turns of each kind"),
 )
 FLOODED_S: Final = 0.05  # how long the flooded one takes: 16 at once make 320 a second

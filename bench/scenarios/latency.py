@@ -22,8 +22,10 @@ COMMIT_P99: Final = "p99 ms after commit"
 OPTIONS = (
     Option("seconds", 15, 1, "of steady load per cell, after a fifth of that or an event for each webhook"),
     Option("endpoints", 100, 20, "webhooks"),
-    Option("capacity", 0, 2_000, "events per second that the machine writes and delivers; 0: measure that first"),
-    Option("calibration", 100_000, 1_000, "events for measuring that"),
+    Option(
+        "capacity", 0, 2_000, "events per second that the machine writes and delivers; 0: measure that first", least=0
+    ),
+    Option("calibration", 100_000, 1_000, "events for measuring that", least=100),
 )
 IDLE_RATE: Final = 8.0  # far apart enough to fall asleep in between
 WARM_UP: Final = 0.2
@@ -93,7 +95,7 @@ async def _capacity(lab: Lab, report: Report, events: int, endpoints: int) -> fl
         await cell.fill(range(events), Mix(groups=endpoints))
         await cell.daemon.start()
         await cell.arrived(events)
-        drain = cell.meter.steady().rate
+        drain = (cell.meter.steady() or cell.meter.since(min(cell.ledger.first), max(cell.ledger.first))).rate
         await cell.until_logged(events)
         await cell.close_books(report)
     async with lab.cell(name, events=events, endpoints=endpoints) as cell:

@@ -33,7 +33,7 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
     rate, seconds, endpoints = sizes["rate"], sizes["seconds"], sizes["endpoints"]
     name = f"{rate}/s"
     values = await loaded(lab, report, name, rate=rate, seconds=seconds, endpoints=endpoints)
-    alone = await _inserts(lab, rate, seconds)
+    alone = await _inserts(lab, report, rate, seconds)
     report.row("the INSERTs alone", {"PostgreSQL µs": alone})
     least = await _bare(lab, report, rate, seconds)
     report.row(BARE, least)
@@ -45,12 +45,15 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
         report.note(f"that is {both / floor:.2f} × what {BARE} and its INSERTs take, {floor:.2f} ms")
 
 
-async def _inserts(lab: Lab, rate: int, seconds: int) -> float | None:
+async def _inserts(lab: Lab, report: Report, rate: int, seconds: int) -> float | None:
     warm = int(rate * seconds * WARM_UP)
     events = warm + rate * seconds
     async with lab.cell("the INSERTs alone", events=events, endpoints=1) as cell:
         await cell.produce(Stream(first=0, count=events, rate=rate))
         cell.meter.take()
+        balance = await cell.balance()
+        if (balance.committed, balance.acknowledged) != (events, events):
+            report.void(cell.name, f"{events:,} were to be committed, the database holds {balance.committed:,}")
         spent = cell.meter.since(cell.ledger.due[warm], cell.ledger.acked[events - 1]).postgres_s
     return None if spent is None else spent / (events - warm) * 1e6
 
@@ -59,7 +62,7 @@ async def _bare(lab: Lab, report: Report, rate: int, seconds: int) -> dict[str, 
     """The floor of `bench.bare`, its own INSERTs included."""
     warm = int(rate * seconds * WARM_UP)
     events = warm + rate * seconds
-    async with lab.cell(BARE, events=events, endpoints=1) as cell:
+    async with lab.cell(BARE, events=events, endpoints=1, turns=1) as cell:
         await cell.connection.execute(bare.CREATE)
         listener = await Process.start("bench.bare")
         try:

@@ -123,5 +123,5 @@ async def _row(cell: Cell, report: Report, values: dict[str, int] | None = None,
     report.row(
         name or cell.name, {"RSS MB": now / 1e6 if now else None, "highest MB": cell.meter.rss_max_mb, **(values or {})}
     )
-    report.series[f"{cell.name}, RSS MB"] = cell.meter.rss_series()
+    report.column("RSS, MB", name or cell.name, now / 1e6 if now else None)
     return now

@@ -91,6 +91,8 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
 def _judge(report: Report, rates: dict[tuple[str, int], float], counts: list[int]) -> None:
     for kind in KINDS:
         report.row(kind, {f"{n} writers, events/s": rates[kind, n] for n in counts})
+        for n in counts:
+            report.column("events/s", f"{n} writers" if n > 1 else "1 writer", rates[kind, n], series=kind)
     for kind in KINDS[1:]:
         shares = {n: rates[kind, n] / max(rates["no trigger", n], 1e-6) for n in counts}
         report.row(f"{kind}, of no trigger", {f"{n} writers, events/s": share for n, share in shares.items()})

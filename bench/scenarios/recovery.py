@@ -48,6 +48,7 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
         delays = [_first_after(cell, at) for at in restarts]
     for number, delay_s in enumerate(delays, 1):
         report.row(f"kill {number}", {"start to first delivery s": delay_s})
+        report.column("s from start to first delivery", f"kill {number}", delay_s)
     report.row(
         "all",
         {

@@ -30,7 +30,7 @@ from bench.scenario import Option, Sizes
 
 QUESTION = "thousands of retries due in the same second: do first attempts notice, and are retries on time?"
 OPTIONS = (
-    Option("retries", 20_000, 500, "due within one second"),
+    Option("retries", 20_000, 500, "due within one second", least=10),
     Option("waiting", 100_000, 1_000, "more of them, due in an hour"),
     Option("rate", 200, 200, "first attempts per second beside them"),
     Option("before", 10, 1, "seconds of first attempts alone, before"),

@@ -24,7 +24,7 @@ OPTIONS = (
     Option("seconds", 600, 3, "of load"),
     Option("every", 30, 1, "seconds between two faults"),
     Option("rate", 300, 200, "events per second"),
-    Option("endpoints", 100, 20, "webhooks"),
+    Option("endpoints", 100, 20, "webhooks", least=10),
     Option("timeout", 5, 1, "seconds a request may take; a restart waits for what is out"),
     Option("patience", 90, 30, "seconds without a delivery before the rest counts as missing"),
 )
@@ -91,10 +91,10 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
                 "retried": retried,
                 "repeated": balance.duplicates - retried,
                 "RSS MB": cell.meter.rss_max_mb,
-                "pending and shard MB": max(mb for _, mb in weight),
+                "pending and shard kB": max(kb for _, kb in weight),
             },
         )
-        report.series["pending and shard, MB"] = weight
+        report.series["pending and shard on disk, kB"] = weight
         _over_time(cell, report, stream, 2 * fifth)
         report.bar("RSS, last third in proportion to before", _growth(cell.meter.rss_series()), at_most=1.1)
         report.bar("pending and shard on disk, the same", _growth(weight), at_most=1.1)
@@ -120,12 +120,12 @@ async def _harass(cell: Cell, load: asyncio.Task[Histogram], every_s: float) -> 
 
 
 async def _weigh(cell: Cell, load: asyncio.Task[Histogram]) -> Series:
-    """(seconds since it began, MB on disk) while the load lasts."""
+    """(seconds since it began, kB on disk) while the load lasts."""
     connection = await asyncpg.connect(cell.dsn)
     began, found = time.monotonic(), Series()
     try:
         while True:
-            found.append((time.monotonic() - began, await connection.fetchval(WEIGHT) / 1e6))
+            found.append((time.monotonic() - began, await connection.fetchval(WEIGHT) / 1e3))
             if load.done():
                 return found
             await asyncio.wait([load], timeout=WEIGH_S)
