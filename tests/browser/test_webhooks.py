@@ -204,9 +204,12 @@ async def test_a_page_outlives_the_daemon(window: Window, stage: Stage):
     await expect(state).to_have_text("Live")
     await stage.daemon.end(signal.SIGKILL)
     await expect(state).to_have_text("Reconnecting")
+    away = page.get_by_role("alert").filter(has_text="The dispatcher cannot be reached.")
+    await expect(away).to_be_visible()
     await stage.emit("outlived.by_its_page")
     await stage.daemon.start()
     await expect(state).to_have_text("Live")
+    await expect(away).to_be_hidden()
     await expect(page.locator("#feed tbody tr").filter(has_text="/outlived")).to_contain_text("delivered")
     window.troubles = [trouble for trouble in window.troubles if "net::ERR_" not in trouble]
 

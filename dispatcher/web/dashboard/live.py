@@ -1,9 +1,9 @@
 """`/live`: tells open pages when to look again.
 
 A page that hears `change` fetches itself once more and takes over what is marked as live: so there is one way to render
-anything, and what moves is escaped like what stands. One loop per account asks the database for its pulse, however many
-pages are open, and none runs when nobody looks. A page looks once more when its stream opens: by then every change is
-noticed, and what happened in between is on the page.
+anything, and what moves is escaped like what stands. One that hears `away` says that the database cannot be asked. One
+loop per account asks it for its pulse, however many pages are open, and none runs when nobody looks. A page looks once
+more when its stream opens: by then every change is noticed, and what happened in between is on the page.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ RETRY_AFTER_S: Final = 10
 _HELLO: Final = b"retry: 2000\n: looking\n\n"
 _CHANGE: Final = b"event: change\ndata:\n\n"
 _HEARTBEAT: Final = b": heartbeat\n\n"
+_AWAY: Final = b"event: away\ndata:\n\n"
 _OVER: Final = b"event: over\ndata:\n\n"
 
 log = get_logger("dispatcher.web.dashboard")
@@ -46,6 +47,7 @@ class Watch:
     def __init__(self, desk: Desk, owner: KeyOwner) -> None:
         self.beat = 0
         self.pages = 0
+        self.is_away = False  # the database: nobody knows what has changed
         self._desk = desk
         self._owner = owner
         self._stirred = asyncio.Event()
@@ -81,12 +83,16 @@ class Watch:
             pause_s = PULSE_S
             try:
                 pulse = await self._desk.stores.overview.pulse(self._owner.account_id, self._owner.account)
-                if last and pulse != last:
+                if (last and pulse != last) or self.is_away:
+                    self.is_away = False
                     self.stir()
                 last = pulse
                 self._begun.set()
             except TROUBLE as error:
                 log.warning("pulse.waiting", error=str(error) or type(error).__name__)
+                if not self.is_away:
+                    self.is_away = True
+                    self.stir()
                 pause_s = TROUBLE_S
             await asyncio.sleep(pause_s)
 
@@ -120,7 +126,9 @@ class Live:
             watch.stir()
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """Say `change` whenever the account's pages may look different, `over` when the session is."""
+        """Say `change` whenever the account's pages may look different, `away` when the database cannot be asked, and
+        `over` when the session is.
+        """
         owner = session_of(request).owner
         with self._watching(owner) as watch:
             await watch.begun()
@@ -140,7 +148,7 @@ class Live:
                 return
             if beat != seen:
                 seen = beat
-                await _write(response, _CHANGE)
+                await _write(response, _AWAY if watch.is_away else _CHANGE)
             if loop.time() >= beat_at:
                 if await self._is_over(request):
                     await _write(response, _OVER)

@@ -284,6 +284,29 @@ async def test_an_open_page_is_told_of_a_change(
             await read_until(stream.content, b"event: change")
 
 
+async def test_an_open_page_is_told_that_the_database_is_away_and_when_it_is_back(
+    house: House, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "PULSE_S", 0.01)
+    monkeypatch.setattr(live, "TROUBLE_S", 0.01)
+    pulse, asked = OverviewStore.pulse, 0
+
+    async def away(*_: object) -> str:
+        nonlocal asked
+        asked += 1
+        raise ConnectionRefusedError
+
+    async with browser.client.get("/live") as stream:
+        await read_until(stream.content, b"looking")
+        monkeypatch.setattr(OverviewStore, "pulse", away)
+        seen = await read_until(stream.content, b"event: away")
+        while asked < 5:
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(OverviewStore, "pulse", pulse)
+        seen += await read_until(stream.content, b"event: change")
+    assert seen.count(b"event: away") == 1
+
+
 async def test_a_page_that_is_opened_behind_another_is_not_shown_what_that_one_was(
     house: House, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,13 @@ import { spell } from "./times.js";
 
 const BETWEEN_MS = 1000; // two looks
 const HIDDEN_MS = 60_000; // out of sight: the stream is closed after this long
+const AGAIN_MS = 3000; // between two tries where the browser makes none of its own
+const TELL_MS = 3000; // without a stream: a restart takes less
 
 let looking = false;
 let again = false;
 let lastLook = 0;
+let telling = 0;
 
 /** Follow the account's changes while somebody looks. */
 export function live() {
@@ -22,11 +25,23 @@ export function live() {
     clearTimeout(closing);
     if (source) return;
     source = new EventSource("/live");
-    source.addEventListener("change", look);
+    source.addEventListener("change", () => {
+      found();
+      look();
+    });
+    source.addEventListener("away", () => {
+      state("No database");
+      tell("The database cannot be reached. What you see here is from before.");
+    });
     source.addEventListener("over", () => location.reload());
-    source.addEventListener("error", () => state("Reconnecting"));
+    source.addEventListener("error", ({ target }) => {
+      lost();
+      if (target.readyState !== EventSource.CLOSED || target !== source) return;
+      source = null; // answered with something else than a stream: browsers leave it at that
+      setTimeout(() => document.hidden || open(), AGAIN_MS);
+    });
     source.addEventListener("open", () => {
-      state("Live");
+      found();
       look(); // whatever changed since the page was made, or while the stream was broken
     });
   };
@@ -57,7 +72,7 @@ export async function look() {
     if (response.type === "opaqueredirect") location.reload();
     else if (response.ok) take(new DOMParser().parseFromString(await response.text(), "text/html"));
   } catch {
-    state("Reconnecting");
+    lost();
   } finally {
     looking = false;
     if (again) {
@@ -104,6 +119,26 @@ function plain(element) {
 function isBusy(element) {
   if (element.querySelector("details.pop[open], dialog[open]")) return true;
   return [...element.querySelectorAll("input, textarea, select")].some((input) => input === document.activeElement);
+}
+
+/** Nobody says any more what changes. */
+function lost() {
+  state("Reconnecting");
+  if (telling) return;
+  telling = setTimeout(() => tell("The dispatcher cannot be reached. What you see here is from before."), TELL_MS);
+}
+
+function found() {
+  clearTimeout(telling);
+  telling = 0;
+  tell("");
+  state("Live");
+}
+
+function tell(text) {
+  const notice = document.getElementById("away");
+  if (notice.textContent !== text) notice.textContent = text;
+  notice.hidden = !text;
 }
 
 function state(text) {
