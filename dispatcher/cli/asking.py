@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,6 +15,9 @@ from dispatcher.cli.output import decoded, file_argument, for_programs, hint, pr
 
 if TYPE_CHECKING:
     from dispatcher.cli.client import Api
+
+
+LOOK_S: Final = 10.0  # for the entries of one page
 
 
 def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,10 +78,24 @@ async def browse(
             await _print_each(entries)
             return None
         return {"data": [entry async for entry in entries], "has_more": False, "next": None}
-    page: dict[str, Any] = await api.call("GET", *path, query=query)
+    page = await _filled(api, *path, query=query)
     if for_programs(as_json):
         print_json(page)
         return None
+    return page
+
+
+async def _filled(api: Api, *path: str, query: dict[str, str | int]) -> dict[str, Any]:
+    """A page with as many entries as were asked for, if there are as many.
+
+    With a filter, the API looks at some thousands at a time: a page of its may be short, or empty, with more behind it.
+    """
+    until = time.monotonic() + LOOK_S
+    page: dict[str, Any] = await api.call("GET", *path, query=query)
+    while page["has_more"] and len(page["data"]) < int(query["limit"]) and time.monotonic() < until:
+        left = int(query["limit"]) - len(page["data"])
+        more = await api.call("GET", *path, query={**query, "limit": left, "after": page["next"]})
+        page = {**more, "data": [*page["data"], *more["data"]]}
     return page
 
 
@@ -100,7 +118,7 @@ async def _entries(api: Api, *path: str, query: dict[str, str | int]) -> AsyncIt
 def tell_more(page: Mapping[str, Any]) -> None:
     """Say how to go on, where a list does."""
     if page["has_more"]:
-        hint(f"There are more: --after {page['next']}, or --all.")
+        hint(f"There {'are' if page['data'] else 'may be'} more: --after {page['next']}, or --all.")
 
 
 def show_one(record: Mapping[str, Any], as_json: bool) -> None:

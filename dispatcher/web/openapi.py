@@ -409,7 +409,11 @@ def _page_schema(entry: Json) -> Json:
         "type": "object",
         "properties": {
             "data": {"type": "array", "items": entry},
-            "has_more": {"type": "boolean"},
+            "has_more": {
+                "type": "boolean",
+                "description": "There may be more behind `next`. With a filter a page can be short, or empty, all the "
+                "same: some thousands of entries are looked at for one.",
+            },
             "next": {"type": ["string", "null"], "description": "The cursor to go on with, the same way."},
         },
         "required": ["data", "has_more", "next"],

@@ -554,6 +554,29 @@ def test_patience_ends(refusing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, len(asked)) == (1, 2)
 
 
+@pytest.mark.parametrize("limit", [2, 3, 20])
+def test_a_page_is_as_long_as_was_asked_for_though_the_api_looks_at_a_part_at_a_time(refusing: Any, limit: int) -> None:
+    url, asked, answers = refusing
+    pages = [([], "b"), ([1], "c"), ([], "d"), ([2, 3][: limit - 1], "e" if limit < 3 else None)]
+    for entries, after in pages:
+        data = [{"id": f"evt_{n}"} for n in entries]
+        answers.append((200, {}, json.dumps({"data": data, "has_more": bool(after), "next": after}).encode()))
+    command = ["events", "list", "--type", "rare", "--limit", str(limit), "--api-url", url, "--api-key", "tp_live_x"]
+    found = json.loads(CliRunner().invoke(main, command).stdout)
+    assert [entry["id"] for entry in found["data"]] == ["evt_1", "evt_2", "evt_3"][:limit]
+    assert (found["has_more"], found["next"]) == ((True, "e") if limit < 3 else (False, None))
+    assert [path.partition("after=")[2] for path in asked] == ["", "b", "c", "d"]
+    assert f"limit={limit - 1}" in asked[-1]
+
+
+def test_whoever_has_looked_long_enough_says_how_to_go_on(refusing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dispatcher.cli.asking.LOOK_S", 0.0)
+    url, asked, answers = refusing
+    answers.append((200, {}, b'{"data":[],"has_more":true,"next":"evt_9"}'))
+    found = json.loads(CliRunner().invoke(main, ["events", "list", "--api-url", url, "--api-key", "tp_live_x"]).stdout)
+    assert (found, len(asked)) == ({"data": [], "has_more": True, "next": "evt_9"}, 1)
+
+
 def test_all_is_printed_as_it_comes_and_ends_with_its_reader(refusing: Any, shell: Shell) -> None:
     url, asked, answers = refusing
     entries = [{"id": f"evt_{n}", "data": {"text": "x" * 2000}} for n in range(100)]
