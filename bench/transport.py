@@ -187,7 +187,7 @@ async def ours(load: Load) -> AsyncIterator[Send]:
 
     guard = Guard(allow=["127.0.0.0/8"], allow_http=True)
     settings = TransportSettings(ca_file=load.ca_file, idle_connections_max=load.in_flight)
-    transport = Transport(settings=settings, guard=guard, resolver=Loopback())
+    transport = Transport(settings=settings, guard=guard, resolver=Loopback(), clock=time.monotonic)
     lanes = [
         (transport.origin(guard.check_url(f"{load.scheme}://{host(n)}:{load.port}/hook")), post(host(n)))
         for n in range(load.endpoints)

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -307,6 +308,7 @@ async def run(
             source_address=config.network.source_address or None,
         ),
         guard=guard,
+        clock=time.monotonic,
     )
     ids = DeliveryIds(bytes.fromhex(settings["delivery_id_key"]))
     spans = open_spans(config.otel.endpoint, config.otel.service, ids) if config.otel.endpoint else None

@@ -98,6 +98,18 @@ async def test_what_is_committed_arrives_and_what_is_rolled_back_does_not(
     assert set(receiver.ids().values()) == {1}
 
 
+async def test_how_long_an_attempt_took_is_told_finer_than_in_milliseconds(
+    program: Callable[..., Program], receiver: Receiver, database: str
+) -> None:
+    await serving(program, database, f"{receiver.url}/hook")
+    async with connected(database) as application:
+        for _ in range(5):
+            await until_settled(application, len(await emit(application, 4)))
+        took_us = await application.fetch("SELECT duration_us FROM dispatcher.attempt")
+    assert min(row[0] for row in took_us) > 0
+    assert any(100 < row[0] % 1000 < 900 for row in took_us)
+
+
 async def test_kill_9_in_mid_load_loses_nothing_and_repeats_no_more_than_was_out(
     program: Callable[..., Program], receiver: Receiver, database: str
 ) -> None:
