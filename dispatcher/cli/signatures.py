@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import click
 
 from dispatcher.cli.asking import read_secret
-from dispatcher.cli.output import FAILED, examples, file_argument, for_programs, hint, json_option, print_json, refuse
+from dispatcher.cli.output import FAILED, examples, file_argument, for_programs, json_option, print_json, refuse
+
+AS_IT_CAME: Final = "check the bytes as they came, before anything parses them"
 
 
 def secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,10 +133,10 @@ def verify(
     signer = Signer(_given_secret(secret, secret_file, file))
     body = file_argument(file, "FILE")
 
-    def judge(body: bytes) -> dict[str, Verdict]:
+    def judge(body: bytes, hexadecimal: str | None = signature) -> dict[str, Verdict]:
         verdicts = {}
-        if signature is not None:
-            verdicts["X-Trackpost-Signature"] = signer.verify_legacy(body, signature.strip())
+        if hexadecimal is not None:
+            verdicts["X-Trackpost-Signature"] = signer.verify_legacy(body, hexadecimal.strip())
         if webhook_id and webhook_timestamp and webhook_signature:
             tolerance_s = float("inf") if ignore_age else 300.0
             verdicts["webhook-signature"] = signer.verify_standard(
@@ -141,14 +145,35 @@ def verify(
         return verdicts
 
     verdicts = judge(body)
+    likely = "" if all(verdicts.values()) else _likely(body, signature, judge)
     if for_programs(as_json):
         shown = {
             name: {"valid": bool(v), "verdict": v.name.lower(), "message": v.value} for name, v in verdicts.items()
         }
-        print_json({"valid": all(verdicts.values()), "signatures": shown})
+        print_json({"valid": all(verdicts.values()), "signatures": shown, "likely": likely or None})
     else:
         click.echo("\n".join(f"{name}: {verdict.value}" for name, verdict in verdicts.items()))
+        if likely:
+            click.echo(likely)
     if not all(verdicts.values()):
-        if body.endswith(b"\n") and all(judge(body.rstrip(b"\r\n")).values()):
-            hint("It is valid without the line break at the end of the file, which an editor may have added.")
         click.get_current_context().exit(FAILED)
+
+
+def _likely(body: bytes, signature: str | None, judge: Callable[..., Mapping[str, object]]) -> str:
+    """What would make the signature valid, if that is one of the usual mistakes; else nothing."""
+    bodies = {"without the line break at the end of the file, which an editor may have added": body.rstrip(b"\r\n")}
+    with contextlib.suppress(ValueError, RecursionError):
+        event = json.loads(body)
+        compact = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        bodies[f"over the same JSON without blanks: {AS_IT_CAME}"] = compact
+        bodies[f"over the same JSON as Python writes it: {AS_IT_CAME}"] = json.dumps(event).encode()
+    for says, other in bodies.items():
+        if all(judge(other).values()):
+            return f"It is valid {says}."
+    if signature is not None:
+        plain = signature.strip().lower().removeprefix("sha256=")
+        if all(judge(body, plain).values()):
+            return "It is valid in lower-case hexadecimal digits with nothing in front, which is how it is sent."
+        if not re.fullmatch("[0-9a-f]{64}", plain):
+            return f"--signature takes 64 hexadecimal digits; these are {len(plain)} characters."
+    return ""

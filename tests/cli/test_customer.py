@@ -424,11 +424,35 @@ def test_verify_judges_both_schemes(tmp_path: Path) -> None:
     assert other.exit_code == 1
 
 
-def test_verify_notices_the_line_break_an_editor_added(shell: Shell) -> None:
+@pytest.mark.parametrize(
+    ("captured", "form", "says"),
+    [
+        (b'{"a":"\xc3\xa9"}\n', "{}", "without the line break"),
+        (b'{"a": "\xc3\xa9"}', "{}", "without blanks: check the bytes as they came"),
+        (b'{"a":"\xc3\xa9"}', "python", "as Python writes it"),
+        (b'{"a":"\xc3\xa9"}', "sha256={}", "with nothing in front"),
+        (b'{"a":"\xc3\xa9"}', "upper", "lower-case"),
+        (b'{"a":"\xc3\xa9"}', "zz", "64 hexadecimal digits; these are 2"),
+        (b'{"a":"another"}', "{}", ""),
+        (b"no JSON", "{}", ""),
+    ],
+)
+def test_verify_says_what_is_likely_wrong(captured: bytes, form: str, says: str) -> None:
+    signed = b'{"a": "\\u00e9"}' if form == "python" else b'{"a":"\xc3\xa9"}'
+    signature = hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()
+    given = {"upper": signature.upper(), "python": signature, "zz": "zz"}.get(form) or form.format(signature)
+    command = ["verify", "--secret", SECRET, "--signature", given]
+    shown = CliRunner().invoke(main, command, captured)
+    likely = json.loads(shown.stdout)["likely"]
+    assert shown.exit_code == 1
+    assert says in (likely or "")
+    assert bool(says) is (likely is not None)
+
+
+def test_verify_says_it_to_people_too(shell: Shell) -> None:
     (shell.home / "body").write_bytes(b"{}\n")
     signature = hmac.new(SECRET.encode(), b"{}", hashlib.sha256).hexdigest()
-    verify = ("trackpost", "verify", "--secret", SECRET, "--signature", signature, "body")
-    shown = shell.run_on_terminal(*verify)
+    shown = shell.run_on_terminal("trackpost", "verify", "--secret", SECRET, "--signature", signature, "body")
     assert shown.code == 1
     assert "without the line break" in shown.out
 
