@@ -33,6 +33,7 @@ from dispatcher.cli.output import (
     refuse,
     since,
     text_argument,
+    warn,
 )
 from dispatcher.core.shards import SHARDS_MAX
 
@@ -484,9 +485,12 @@ def emit(
         refuse("expected 1 to 255 characters", "--idempotency-key")
 
     async def act() -> tuple[Any, bool]:
+        from dispatcher.store.accounts import AccountStore
         from dispatcher.store.events import EventStore, IdempotencyConflict
 
         async with _session(config_file) as (_, connection):
+            if not await AccountStore(connection).exists(account):
+                warn(f"nobody has a key for the account {account}: who could receive this event?")
             try:
                 return await EventStore(connection).emit(account, type_, text, idempotency_key)
             except IdempotencyConflict as conflict:

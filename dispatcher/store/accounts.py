@@ -80,6 +80,10 @@ class AccountStore:
         row = await self._db.fetchrow(self._sql["create_key"], account, key_id, mode, _hash(key), key[-HINT_LETTERS:])
         return KeyRecord(**row), key
 
+    async def exists(self, account: str) -> bool:
+        """Whether anybody can see and receive events of this account."""
+        return bool(await self._db.fetchval(self._sql["exists"], account))
+
     async def list_keys(self, *, after: str = "", limit: int = PAGE_MAX) -> list[KeyRecord]:
         """Keys of every account, revoked ones included, oldest first; those behind the id `after`."""
         return [KeyRecord(**row) for row in await self._db.fetch(self._sql["list_keys"], after, limit)]

@@ -325,6 +325,19 @@ async def test_partitions_that_end_are_noticed(connection: asyncpg.Connection, k
     assert found["partitions"] is Verdict.ADVICE
 
 
+async def test_events_for_an_account_that_nobody_made_are_noticed(connection: asyncpg.Connection, key: Path) -> None:
+    config = configured(DISPATCHER_SECRETS_KEY_FILE=str(key))
+    emit = "SELECT dispatcher.emit('email.sent', '{}', account => $1)"
+    await connection.execute(emit, "default")
+    found = {finding.subject: finding for finding in await look_at_schema(connection, config)}
+    assert found["accounts"].verdict is Verdict.OK
+    for _ in range(2):
+        await connection.execute(emit, "acmee")
+    found = {finding.subject: finding for finding in await look_at_schema(connection, config)}
+    assert found["accounts"].verdict is Verdict.ADVICE
+    assert "'acmee' (2)" in found["accounts"].found
+
+
 async def test_a_direct_connection_is_ours_from_end_to_end(database: str) -> None:
     assert (await look_in_between("[database] dsn", database)).verdict is Verdict.OK
 

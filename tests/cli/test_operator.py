@@ -207,6 +207,12 @@ def test_emit_writes_the_data_as_it_was_given(operator: Shell, database: str) ->
     assert rows == [(first["id"], "acme", "a.b", '{"b": 1.0, "a": 2}'), (second["id"], "default", "a.b", '{"x":  3}')]
 
 
+def test_emit_for_an_account_that_nobody_made_says_so(operator: Shell) -> None:
+    emit = ("dispatcher", "emit", "a.b", "--data", "{}", "--account")
+    assert "nobody has a key" not in operator.run_on_terminal(*emit, "default").out
+    assert "nobody has a key for the account acmee" in operator.run_on_terminal(*emit, "acmee").out
+
+
 def test_emit_on_a_terminal_prints_the_id_alone(operator: Shell, database: str) -> None:
     shown = operator.run_on_terminal("dispatcher", "emit", "a.b", "--data", "{}")
     assert shown.out.splitlines() == [id_ for (id_,) in fetch(database, "SELECT id FROM dispatcher.outbox")]

@@ -29,6 +29,8 @@ CHANNEL: Final = "dispatcher_doctor"
 LONG_TRANSACTION_S: Final = 3600
 OLD_XID: Final = 1_000_000_000  # autovacuum turns to force at 200 million, the server stops at 2 billion
 WAL_KEPT_BYTES: Final = 1 << 30
+LATEST: Final = 10_000  # events
+NAMED: Final = 5
 STATEMENT_MS: Final = 5_000  # the longest that a statement of ours may take on a busy server
 
 SETTINGS: Final = (
@@ -225,6 +227,7 @@ async def look_at_schema(connection: Any, config: Config) -> list[Finding]:
         *_look_at_fingerprint(settings.get("key_fingerprint"), config),
         await _look_at_daemons(connection),
         await _look_at_partitions(connection),
+        await _look_at_accounts(connection),
     ]
 
 
@@ -253,6 +256,26 @@ async def _look_at_daemons(connection: Any) -> Finding:
     here = sum(row["host"] == socket.gethostname() for row in rows)
     counted = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(sorted(roles)))
     return ok("daemons", f"{counted}; {here} of them on this host")
+
+
+async def _look_at_accounts(connection: Any) -> Finding:
+    rows = await connection.fetch(
+        """
+        SELECT account, count(*) AS events
+        FROM (SELECT left(account, 65) AS account FROM dispatcher.outbox ORDER BY xid DESC, seq DESC LIMIT $1) AS latest
+        WHERE NOT EXISTS (SELECT FROM dispatcher.account a WHERE a.name = latest.account)
+        GROUP BY account ORDER BY count(*) DESC, account
+        """,
+        LATEST,
+    )
+    if not rows:
+        return ok("accounts", "the latest events are for accounts that have a key")
+    names = ", ".join(f"{row['account']!r:.80} ({row['events']})" for row in rows[:NAMED])
+    return advice(
+        "accounts",
+        f"of the latest {LATEST:,} events some are for accounts that do not exist: {names}",
+        "nobody receives or sees these: mend the name in the application, or dispatcher keys create --account NAME",
+    )
 
 
 async def _look_at_partitions(connection: Any) -> Finding:

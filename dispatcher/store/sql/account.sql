@@ -22,3 +22,6 @@ RETURNING k.id, a.name AS account, k.mode, k.hint, k.created_at, k.revoked_at;
 SELECT k.id, k.account_id, a.name AS account, k.mode
 FROM dispatcher.api_key k JOIN dispatcher.account a ON a.id = k.account_id
 WHERE k.hash = $1 AND k.revoked_at IS NULL;
+
+-- name: exists
+SELECT EXISTS (SELECT FROM dispatcher.account WHERE name = $1);
