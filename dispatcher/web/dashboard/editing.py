@@ -127,6 +127,8 @@ class Editing:
         found = field_errors(errors)
         filled = _BLANK | dict(form)
         chosen = set(filled["events"].split("\n"))
+        if found["events"] and not _events(filled):
+            found["events"] = ["Choose at least one."]
         parts = self._desk.parts
         listed = {name for group in _groups(parts.catalogue) for name in group.offered}
         return self._desk.templates.page(

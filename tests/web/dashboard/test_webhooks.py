@@ -110,6 +110,7 @@ async def test_several_boxes_of_types(house: House, browser: Browser) -> None:
         ("url", "http://example.com/", "https"),
         ("url", "https://10.0.0.1/", "private address"),
         ("events", "email.bouncd", "did you mean"),
+        ("events", "", "Choose at least one."),
         ("secret", "", "Expected text of 1 to 256"),
         ("headers", "Host: x", "Host"),
         ("headers", "no colon", "Name: value"),
