@@ -103,6 +103,13 @@ async def test_several_boxes_of_types(house: House, browser: Browser) -> None:
     assert (record["events"], record["secret"]) == (["email.sent", "email.bounced"], None)
 
 
+async def test_a_webhook_without_events_is_asked_for_one(house: House, browser: Browser) -> None:
+    page = await browser.post("/webhooks/new", {**NEW, "events": ""})
+    assert page.status == 422
+    assert re.findall(r'<p class="error"[^>]*>(.*?)</p>', page.text) == ["Choose at least one."]
+    assert await row(house) is None
+
+
 @pytest.mark.parametrize(
     ("field", "text", "says"),
     [
@@ -110,7 +117,6 @@ async def test_several_boxes_of_types(house: House, browser: Browser) -> None:
         ("url", "http://example.com/", "https"),
         ("url", "https://10.0.0.1/", "private address"),
         ("events", "email.bouncd", "did you mean"),
-        ("events", "", "Choose at least one."),
         ("secret", "", "Expected text of 1 to 256"),
         ("headers", "Host: x", "Host"),
         ("headers", "no colon", "Name: value"),
