@@ -337,7 +337,9 @@ async def run(
             user_agent=config.brand.user_agent,
         )
         shot = SingleShot(transport, lambda: web.guard, user_agent=web.user_agent, header_prefix=web.header_prefix)
-        web.log = Log(deliveries=DeliveryStore(pool), replays=ReplayStore(pool), ids=ids, send=sender(shot))
+        web.log = Log(
+            deliveries=DeliveryStore(pool, out=engine.out), replays=ReplayStore(pool), ids=ids, send=sender(shot)
+        )
         if config.server.operator_key:
             web.operator = Operator(key=config.server.operator_key, store=OperatorStore(pool), settings=config.masked())
         url = ""

@@ -14,10 +14,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
+from aiohttp import ClientSession, web
 from daemons import PATIENCE_S, Program, connected, emit, free_address, subscribe, until
 
 from dispatcher.embedded import EmbeddedPostgres
+from dispatcher.store.accounts import AccountStore
 from dispatcher.store.schema import migrate, written_for
 
 
@@ -108,6 +109,33 @@ async def test_how_long_an_attempt_took_is_told_finer_than_in_milliseconds(
         took_us = await application.fetch("SELECT duration_us FROM dispatcher.attempt")
     assert min(row[0] for row in took_us) > 0
     assert any(100 < row[0] % 1000 < 900 for row in took_us)
+
+
+async def test_a_delivery_that_waits_for_its_answer_is_shown_in_flight(
+    program: Callable[..., Program], receiver: Receiver, database: str
+) -> None:
+    daemon = await serving(program, database, f"{receiver.url}/hold")
+    async with connected(database) as application:
+        _, key = await AccountStore(application).create_key("default")
+        await emit(application, 1)
+
+        async def ask(path: str) -> Any:
+            call = asked.get(f"http://{daemon.api}/v1{path}", headers={"Authorization": f"Bearer {key}"})
+            async with call as answer:
+                return (await answer.json())["data"]
+
+        async with ClientSession() as asked:
+            [webhook] = await ask("/webhooks")
+            listing = f"/webhooks/{webhook['id']}/deliveries"
+            async with asyncio.timeout(10):
+                while not (found := await ask(f"{listing}?status=in_flight")):  # in memory alone for two seconds
+                    await asyncio.sleep(0.2)
+            assert [(each["attempts"], each["next_attempt_at"]) for each in found] == [(0, None)]
+            assert await ask(f"{listing}?status=pending") == []
+            receiver.release.set()
+            await until_settled(application, 1)
+            [done] = await ask(listing)
+            assert (done["id"], done["status"]) == (found[0]["id"], "delivered")
 
 
 async def test_kill_9_in_mid_load_loses_nothing_and_repeats_no_more_than_was_out(

@@ -17,6 +17,7 @@ from dispatcher.cli.output import (
     print_json,
     print_record,
     print_table,
+    printable,
     since,
 )
 
@@ -104,8 +105,8 @@ def _answer(delivery: Mapping[str, Any]) -> str:
 async def get_delivery(api: Api, delivery_id: str, *, as_json: bool) -> None:
     """Show one delivery with every attempt.
 
-    What was sent and what came back: headers, the body to the byte, the first 4 KiB of each response, errors, and when
-    the next attempt is due.
+    What was sent (>) and what came back (<): headers, the body to the byte, the first 4 KiB of each response, errors,
+    and when the next attempt is due.
     """
     found = await api.call("GET", "deliveries", delivery_id)
     if for_programs(as_json):
@@ -116,11 +117,20 @@ async def get_delivery(api: Api, delivery_id: str, *, as_json: bool) -> None:
     for attempt in found["attempts"]:
         click.echo()
         shown = {"attempt": attempt["number"], **{name: attempt[name] for name in ("at", "duration_ms", "result")}}
-        optional = ("status", "error", "response_headers", "response_body")
-        print_record(shown | {name: attempt[name] for name in optional if attempt[name]})
+        print_record(shown | {name: attempt[name] for name in ("status", "error") if attempt[name]})
+        _print_headers(">", attempt["request_headers"])
+        _print_headers("<", attempt["response_headers"])
+        if attempt["response_body"]:
+            name = "response_body, base64" if attempt["body_encoding"] == "base64" else "response_body"
+            print_record({name: attempt["response_body"]})
     if found["request_body"] is not None:
         click.echo()
         print_record({"body": found["request_body"]})
+
+
+def _print_headers(sign: str, headers: Mapping[str, str] | None) -> None:
+    for name, value in (headers or {}).items():
+        click.echo(printable(f"{sign} {name}: {value}"))
 
 
 @deliveries.command("retry", epilog=examples("trackpost deliveries retry dlv_…"))

@@ -620,6 +620,14 @@ class Deliverer:
         origins = {s.origin for s in self.subscribers.values() if s.origin is not None}
         await self._transport.close_origins(origins)
 
+    def out(self, endpoint_id: int) -> set[tuple[int, int]]:
+        """Which deliveries to a webhook have a request out, by (event sequence, generation)."""
+        return {
+            (delivery.event.seq, delivery.generation)
+            for delivery in self.in_flight
+            if delivery.subscriber.endpoint.id == endpoint_id
+        }
+
     def troubled(self, most: int) -> list[Subscriber]:
         """The worst webhooks: not ready, or with the longest queues."""
         bad = [s for s in self.subscribers.values() if s.lane.window.health is not Health.READY or s.error or s.backlog]

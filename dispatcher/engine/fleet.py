@@ -278,6 +278,10 @@ class Fleet:
             **self.telemetry.counters(),
         )
 
+    def out(self, endpoint_id: int) -> set[tuple[int, int]]:
+        """Which deliveries to a webhook have a request out, by (event sequence, generation). Walks over all of them."""
+        return {each for engine in self.engines.values() for each in engine.deliverer.out(endpoint_id)}
+
     def everything(self) -> Snapshot:
         """All engines on this database together: ours now, the others' as of a second or two ago."""
         return total([self.snapshot(), *self._others])

@@ -33,6 +33,10 @@ class Onlooker:
         self._stopping = False
         self._bell = asyncio.Event()
 
+    def out(self, _endpoint_id: int) -> set[tuple[int, int]]:
+        """As a Fleet's: nothing is sent from here."""
+        return set()
+
     def stop(self) -> None:
         """End. Idempotent."""
         self._stopping = True

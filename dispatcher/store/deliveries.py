@@ -3,7 +3,7 @@
 There is no row per delivery. One that was attempted stands where its last attempt does, and that row carries its state;
 one that waits for its first attempt stands in its pending row. What is only in memory (queued or in flight for the
 first time) is on no record yet and comes into sight when it is settled, fails, or is insured against a crash, which is
-after two seconds.
+after two seconds. That a request is out is on no record either: whoever makes the store says which are.
 
 The order of a webhook's list: first what waits for its first attempt, the newest event in front; then the others, the
 latest change in front. A delivery that is attempted while somebody turns the pages moves to the front; no page shows
@@ -14,7 +14,7 @@ last.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ EVENT_SHOWN_MAX: Final = 200  # deliveries of one event at all webhooks
 ATTEMPTS_MAX: Final = 200  # of one delivery: no schedule has as many
 STATS_ROWS_MAX: Final = 50_000  # ≈ 100 ms from memory
 
+_UNSETTLED: Final = frozenset({DeliveryState.PENDING, DeliveryState.RETRYING})
 _END: Final = datetime(9998, 12, 31, tzinfo=UTC)
 _LAST_SEQ: Final = (1 << 63) - 1
 _LAST_GENERATION: Final = (1 << 31) - 1
@@ -146,6 +147,9 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True):
     p95_ms: float | None
 
 
+Out = Callable[[int], Set[tuple[int, int]]]
+"""Which deliveries to an endpoint have a request out, by (event sequence, generation)."""
+
 NOTHING: Final = Tally(attempts=0, delivered=0, exhausted=0, discarded=0, retrying=0, p50_ms=None, p95_ms=None)
 
 
@@ -162,9 +166,16 @@ class DeliveryStore:
     """All that reads deliveries for their accounts, and makes them anew. `db` is a pool or a connection of asyncpg."""
 
     def __init__(
-        self, db: Any, *, look_max: int = LOOK_MAX, chunk_rows: int = CHUNK_ROWS, stats_rows_max: int = STATS_ROWS_MAX
+        self,
+        db: Any,
+        *,
+        out: Out = lambda endpoint_id: frozenset(),
+        look_max: int = LOOK_MAX,
+        chunk_rows: int = CHUNK_ROWS,
+        stats_rows_max: int = STATS_ROWS_MAX,
     ) -> None:
         self._db = db
+        self._out = out
         self._look_max = look_max
         self._chunk_rows = chunk_rows
         self._stats_rows_max = stats_rows_max
@@ -189,7 +200,11 @@ class DeliveryStore:
     ) -> DeliveryPage:
         """`limit` deliveries at most: those that follow `after`, or the nearest ones in front of `before`."""
         if wanted.event_id is not None:
-            return await self._list_event(endpoint_id, account, wanted, limit=limit, after=after, before=before)
+            seqs = [row["seq"] for row in await self._db.fetch(self._sql["seqs"], account, wanted.event_id)]
+            return await self._list_some(endpoint_id, seqs, wanted, limit=limit, after=after, before=before)
+        if wanted.status is DeliveryState.IN_FLIGHT:
+            seqs = [seq for seq, _ in self._out(endpoint_id)]
+            return await self._list_some(endpoint_id, seqs, wanted, limit=limit, after=after, before=before)
         start = before or after or _NEWEST
         found: list[DeliveryRecord] = []
         looked = 0
@@ -210,7 +225,7 @@ class DeliveryStore:
     def _sections(self, wanted: DeliveryFilter, start: Place, *, is_backward: bool) -> Iterable[Place]:
         """Where to begin in each part of the list that may hold what is wanted, in the order they are read."""
         in_waiting = wanted.status in (None, DeliveryState.PENDING) and wanted.result is None
-        in_attempted = wanted.status not in (DeliveryState.PENDING, DeliveryState.IN_FLIGHT)
+        in_attempted = wanted.status is not DeliveryState.PENDING
         if is_backward:
             if start.at is not None and in_attempted:
                 yield start
@@ -241,28 +256,28 @@ class DeliveryStore:
         self, endpoint_id: int, rows: Sequence[Any], wanted: DeliveryFilter, most: int
     ) -> list[DeliveryRecord]:
         """What of these rows is a delivery and wanted, `most` at most, with its event."""
-        kept = [row for row in rows if row["is_last"] and _passes(row, wanted)]
+        out = self._out(endpoint_id)
+        kept = [row for row in rows if row["is_last"] and _passes(row, _state_of(row, out), wanted)]
         if wanted.type is None:
             kept = kept[:most]
         if not kept:
             return []
         pairs = ([row["event_xid"] for row in kept], [row["event_seq"] for row in kept])
         events = {row["seq"]: row for row in await self._db.fetch(self._sql["events"], *pairs)}
-        records = [_record(endpoint_id, row, events.get(row["event_seq"])) for row in kept]
+        records = [_seen(_record(endpoint_id, row, events.get(row["event_seq"])), out) for row in kept]
         return [record for record in records if wanted.type in (None, record.event_type)][:most]
 
-    async def _list_event(
+    async def _list_some(
         self,
         endpoint_id: int,
-        account: str,
+        seqs: Sequence[int],
         wanted: DeliveryFilter,
         *,
         limit: int,
         after: Place | None,
         before: Place | None,
     ) -> DeliveryPage:
-        """The deliveries of one event: few enough to be read as a whole."""
-        seqs = [row["seq"] for row in await self._db.fetch(self._sql["seqs"], account, wanted.event_id)]
+        """The deliveries of some events: few enough to be read as a whole."""
         rows = await self._db.fetch(self._sql["of_event"], endpoint_id, seqs, OF_EVENT_MAX) if seqs else []
         rows = [row for row in rows if row["is_last"] and _in_time(row, wanted)]
         found = await self._pick(endpoint_id, rows, wanted, len(rows))
@@ -279,7 +294,7 @@ class DeliveryStore:
         rows = await self._db.fetch(self._sql["everywhere"], account_id, seqs, EVENT_SHOWN_MAX) if seqs else []
         return [
             EventDelivery(
-                record=_record(row["endpoint_id"], row, None),
+                record=_seen(_record(row["endpoint_id"], row, None), self._out(row["endpoint_id"])),
                 webhook_id=row["webhook_id"],
                 url=row["url"],
                 webhook_status=EndpointStatus(row["webhook_status"]),
@@ -304,7 +319,7 @@ class DeliveryStore:
         event = await self._db.fetchrow(self._sql["event"], xid, seq, DATA_BYTES_MAX)
         is_settled = bool(log) and log[-1]["state"] != DeliveryState.RETRYING
         return DeliveryDetail(
-            record=_one(key, None if is_settled else pending, log, event),
+            record=_seen(_one(key, None if is_settled else pending, log, event), self._out(endpoint_id)),
             webhook_id=owner["public_id"],
             log=[AttemptRecord(**{name: row[name] for name in AttemptRecord.__struct_fields__}) for row in log],
             event_xid=xid,
@@ -346,9 +361,22 @@ def _place(row: Any, section: Place) -> Place:
     return Place(None if section.at is None else row["at"], row["event_seq"], row["generation"])
 
 
-def _passes(row: Any, wanted: DeliveryFilter) -> bool:
+def _state_of(row: Any, out: Set[tuple[int, int]]) -> str:
+    """The state of a delivery's last row, in whose place another attempt may be under way."""
+    is_out = row["state"] in _UNSETTLED and (row["event_seq"], row["generation"]) in out
+    return DeliveryState.IN_FLIGHT.value if is_out else row["state"]
+
+
+def _seen(record: DeliveryRecord, out: Set[tuple[int, int]]) -> DeliveryRecord:
+    """What is on record, and whether a request is out."""
+    if record.state not in _UNSETTLED or record.key[1:] not in out:
+        return record
+    return msgspec.structs.replace(record, state=DeliveryState.IN_FLIGHT, next_attempt_at=None)
+
+
+def _passes(row: Any, state: str, wanted: DeliveryFilter) -> bool:
     return (
-        wanted.status in (None, row["state"])
+        wanted.status in (None, state)
         and wanted.result in (None, row["result"])
         and (row["attempts"] > 0 or row["state"] != DeliveryState.PENDING or _in_time(row, wanted))
     )

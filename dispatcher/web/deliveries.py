@@ -1,7 +1,8 @@
 """`/v1/webhooks/{id}/deliveries` and `/v1/deliveries`: what became of each event at each webhook, and once more.
 
 A delivery that is only in memory (just queued, or in flight for the first time) is in no list: it comes into sight when
-it is settled or fails, after two seconds at the latest. So `status=in_flight` is a good question with an empty answer.
+it is settled or fails, after two seconds at the latest. `in_flight` is what the daemon that is asked has out itself:
+what another one has out is `pending` or `retrying` here.
 
 In a list `attempts` is how many there were; in a single delivery they stand themselves. `status` is the delivery's
 state, `status_code` what the receiver answered last. A list begins with what waits for its first attempt; then comes

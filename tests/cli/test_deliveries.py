@@ -157,6 +157,8 @@ def test_a_delivery_is_listed_shown_and_sent_once_more(customer: Customer, shell
     assert listed["id"] in table.out
     page = shell.run_on_terminal("trackpost", "deliveries", "get", listed["id"], env=customer.environ, columns=200)
     assert "email.sent" in page.out
+    assert f"> webhook-id: {listed['event_id']}" in page.out
+    assert "< Content-Length: 2" in page.out
     assert customer("deliveries", "get", "dlv_x").exit_code == 1
 
 

@@ -87,10 +87,13 @@ async def open_desk(api: Api, pool: Any, database: str) -> AsyncIterator[Desk]:
     receiver, transport = Receiver(), Transport(settings=TransportSettings(), guard=guard)
     await receiver.start()
     shot = SingleShot(transport, lambda: guard, user_agent="TrackPost-Webhooks/1.0", header_prefix="X-Trackpost-")
-    log = Log(deliveries=DeliveryStore(pool), replays=ReplayStore(pool), ids=IDS, send=sender(shot))
-    parts = dataclasses.replace(api.parts, guard=guard, log=log, endpoints=EndpointStore(pool, VAULT))
     app = await connect(database, name="application")
     house = House(database, receiver, app)
+    store = DeliveryStore(
+        pool, out=lambda endpoint_id: {o for r in house.engines for o in r.engine.deliverer.out(endpoint_id)}
+    )
+    log = Log(deliveries=store, replays=ReplayStore(pool), ids=IDS, send=sender(shot))
+    parts = dataclasses.replace(api.parts, guard=guard, log=log, endpoints=EndpointStore(pool, VAULT))
     try:
         async with TestClient(TestServer(build_api_app(parts))) as client:
             yield Desk(type(api)(client, parts, api.keys), house)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
@@ -73,6 +74,31 @@ async def test_what_a_pause_holds_is_listed_as_pending(desk: Desk) -> None:
     assert (await desk.ask("GET", f"/deliveries/{found[0]['id']}"))["attempts"] == []
     assert [each["event_id"] for each in await desk.deliveries(webhook, type="email.opened")] == [events[1]]
     assert await desk.deliveries(webhook, status="in_flight") == []
+
+
+async def test_a_delivery_whose_request_is_out_is_in_flight(desk: Desk) -> None:
+    webhook, other = await desk.webhook(retry=[0.3, "1h"], max_concurrency=1), await desk.webhook("/other")
+    never = asyncio.get_running_loop().create_future()
+    desk.receiver.answer = lambda arrival: never if arrival.attempt == 2 else 500
+    await desk.start()
+    first, second = await desk.emit("email.sent", "email.opened")
+    await until(lambda: any(arrival.attempt == 2 for arrival in desk.receiver.arrivals))
+    [out] = await desk.deliveries(webhook, status="in_flight")
+    assert {name: out[name] for name in ("status", "attempts", "status_code", "next_attempt_at")} == {
+        "status": "in_flight", "attempts": 1, "status_code": 500, "next_attempt_at": None,
+    }  # fmt: skip
+    assert out["event_id"] in {first, second}
+    assert (await desk.ask("GET", f"/deliveries/{out['id']}"))["status"] == "in_flight"
+    by_event = await desk.deliveries(webhook, event_id=out["event_id"])
+    assert [each["status"] for each in by_event] == ["in_flight"]
+    states = {each["event_id"]: each["status"] for each in await desk.deliveries(webhook)}
+    assert states.pop(out["event_id"]) == "in_flight"
+    assert out["id"] not in [each["id"] for each in await desk.deliveries(webhook, status="retrying")]
+    assert await desk.deliveries(other, status="in_flight") == []
+    never.set_result(200)
+    await desk.settled(webhook, 2)
+    assert await desk.deliveries(webhook, status="in_flight") == []
+    assert len(await desk.deliveries(webhook, status="delivered")) == 2
 
 
 async def _when(count: int, found: Any) -> Any:

@@ -22,7 +22,7 @@ from dispatcher.web.deliveries import FILTERS, Deliveries
 from dispatcher.web.problems import FieldError, Problem
 
 PAGE: Final = 30
-STATES: Final = [state for state in DeliveryState if state is not DeliveryState.IN_FLIGHT]
+STATES: Final = list(DeliveryState)
 
 _is_local: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d(\.\d+)?)?").fullmatch
 
