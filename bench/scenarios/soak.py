@@ -34,8 +34,12 @@ CUT: Final = """
     SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
     WHERE application_name LIKE 'dispatcher %' AND datname = current_database()
 """
-# What is written again and again: rows that come and go, and one that is updated with each flush.
-WEIGHT: Final = "SELECT pg_total_relation_size('dispatcher.pending') + pg_total_relation_size('dispatcher.shard')"
+# What is written again and again: rows that come and go, and one that is updated with each flush. The rows of those that
+# hang and fail become more and more, so what tells is how much each takes.
+WEIGHT: Final = """
+    SELECT pg_total_relation_size('dispatcher.pending') + pg_total_relation_size('dispatcher.shard'),
+           (SELECT count(*) FROM dispatcher.pending)
+"""
 
 Series = list[tuple[float, float]]
 
@@ -91,13 +95,13 @@ async def run(lab: Lab, report: Report, sizes: Sizes) -> None:
                 "retried": retried,
                 "repeated": balance.duplicates - retried,
                 "RSS MB": cell.meter.rss_max_mb,
-                "pending and shard kB": max(kb for _, kb in weight),
+                "bytes on disk per waiting row": weight[-1][1],
             },
         )
-        report.series["pending and shard on disk, kB"] = weight
+        report.series["pending and shard on disk per waiting row, B"] = weight
         _over_time(cell, report, stream, 2 * fifth)
-        report.bar("RSS, last third in proportion to before", _growth(cell.meter.rss_series()), at_most=1.1)
-        report.bar("pending and shard on disk, the same", _growth(weight), at_most=1.1)
+        report.bar("RSS, last third in proportion to the second", _growth(cell.meter.rss_series()), at_most=1.1)
+        report.bar("bytes on disk per waiting row, the same", _growth(weight), at_most=1.1)
 
 
 async def _harass(cell: Cell, load: asyncio.Task[Histogram], every_s: float) -> int:
@@ -120,12 +124,13 @@ async def _harass(cell: Cell, load: asyncio.Task[Histogram], every_s: float) -> 
 
 
 async def _weigh(cell: Cell, load: asyncio.Task[Histogram]) -> Series:
-    """(seconds since it began, kB on disk) while the load lasts."""
+    """(seconds since it began, bytes on disk per waiting row) while the load lasts."""
     connection = await asyncpg.connect(cell.dsn)
     began, found = time.monotonic(), Series()
     try:
         while True:
-            found.append((time.monotonic() - began, await connection.fetchval(WEIGHT) / 1e3))
+            on_disk, rows = await connection.fetchrow(WEIGHT)
+            found.append((time.monotonic() - began, on_disk / max(rows, 1)))
             if load.done():
                 return found
             await asyncio.wait([load], timeout=WEIGH_S)
@@ -134,12 +139,10 @@ async def _weigh(cell: Cell, load: asyncio.Task[Histogram]) -> Series:
 
 
 def _growth(series: Series) -> float | None:
-    """The highest of the last third of the time, in proportion to the highest of the time before."""
-    if not series:
-        return None
-    turn_s = series[-1][0] * 2 / 3
-    before, after = ([value for at_s, value in series if (at_s > turn_s) is late] for late in (False, True))
-    return max(after) / max(before) if before and after else None
+    """The highest of the last third of the time, in proportion to the highest of the second."""
+    third_s = series[-1][0] / 3 if series else 0.0
+    second, last = ([value for at_s, value in series if n * third_s < at_s <= (n + 1) * third_s] for n in (1, 2))
+    return max(last) / max(second) if second and last else None
 
 
 def _over_time(cell: Cell, report: Report, stream: Stream, healthy: int) -> None:
