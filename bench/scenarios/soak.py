@@ -34,8 +34,8 @@ CUT: Final = """
     SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
     WHERE application_name LIKE 'dispatcher %' AND datname = current_database()
 """
-# What is written again and again: rows that come and go, and one that is updated with each flush. The rows of those that
-# hang and fail become more and more, so what tells is how much each takes.
+# What is written again and again: rows that come and go, and one that is updated with each flush. Of the rows of those
+# that hang and fail there are more and more, so what tells is how much each takes.
 WEIGHT: Final = """
     SELECT pg_total_relation_size('dispatcher.pending') + pg_total_relation_size('dispatcher.shard'),
            (SELECT count(*) FROM dispatcher.pending)
