@@ -198,8 +198,6 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(by: signal.Signals, tmp_pat
     while len(started) < 3 and time.monotonic() < deadline:  # receiver, daemon, producer; the server below them
         time.sleep(0.1)
         started = _children(running.pid)
-    time.sleep(0.5)
-    started = _children(running.pid)
     running.send_signal(by)
     said, _ = running.communicate(timeout=60)
     assert running.returncode == 128 + by, said

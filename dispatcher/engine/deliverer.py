@@ -462,7 +462,7 @@ class Deliverer:
 
     def _has_other_secret(self, delivery: Delivery) -> bool:
         subscriber = delivery.subscriber
-        may_send = self.running and not subscriber.lane.paused and self._loop.time() <= self.valid_until
+        may_send = self.running and not subscriber.lane.paused and self._may_send()
         return may_send and not delivery.other_secret and subscriber.signer.is_rotating
 
     def _dead_delay_s(self, deaths: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -40,10 +41,9 @@ def _migrations(server: ModelPostgres, backend: Backend) -> list[Any]:
     ]
 
 
-def _checksums(known: list[Any] = []) -> list[Any]:  # noqa: B006
-    if not known:
-        known += [(each, each.checksum) for each in migrations()]
-    return known
+@functools.cache
+def _checksums() -> list[tuple[Any, str]]:
+    return [(each, each.checksum) for each in migrations()]
 
 
 # -- the outbox
